@@ -1,0 +1,9 @@
+//! The ground floor: addresses, errors, configuration, usvm's own memory, waiting, and fault injection.
+//!
+//! Everything above stands on these rooms and they stand on none of the others.
+
+pub mod addr;
+pub mod error;
+pub mod inject;
+pub mod sync;
+pub mod thread;

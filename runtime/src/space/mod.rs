@@ -1,0 +1,3 @@
+//! The space: notifiers, ranges, residency, GPU access, invalidation. No unsafe, no system calls.
+
+pub mod ports;
