@@ -130,7 +130,12 @@ pub trait HostMemory: AddressSpace {
 
     /// Moves the `pages` of `app` that are present to the same places in `shadow` (holes stay holes) and gives what
     /// moved. From then on the application's accesses to them wait.
-    fn flip_out(&self, app: Span, shadow: &Shadow, pages: &PageMask) -> std::result::Result<PageMask, FlipStop>;
+    fn flip_out(
+        &self,
+        app: Span,
+        shadow: &Shadow,
+        pages: &PageMask,
+    ) -> std::result::Result<PageMask, FlipStop>;
 
     /// Moves the `pages` of `shadow`, all present there, to `app` and wakes the waiters.
     fn flip_in(&self, app: Span, shadow: &Shadow, pages: &PageMask) -> std::result::Result<(), FlipStop>;
