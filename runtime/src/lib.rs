@@ -14,3 +14,5 @@ pub mod observe;
 pub mod policy;
 pub mod space;
 pub mod vram;
+
+pub use ground::alloc::Routed;

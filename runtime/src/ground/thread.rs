@@ -1,10 +1,74 @@
 //! usvm's own threads.
+//!
+//! # Overview
+//! A service thread takes no signals (a handler of the program on our stack could touch anything), allocates from
+//! usvm's own memory, and announces itself to the floor that keeps stacks and TLS from migrating ([`on_start`]).
+//! Each is listed with its kernel id, so that the watchdog can tell a dead one from a busy one.
 
 use std::io;
+use std::sync::{Mutex, OnceLock};
 use std::thread::JoinHandle;
 
-/// Starts one of usvm's own threads: it takes no signals, its stack never migrates, and what it allocates comes from
-/// usvm's own memory.
+use nix::sys::signal::SigSet;
+use rustix::thread::{Pid, gettid};
+
+use crate::ground::alloc;
+use crate::ground::inject::{self, Call};
+
+static ON_START: OnceLock<fn()> = OnceLock::new();
+static LIVING: Mutex<Vec<(Pid, String)>> = Mutex::new(Vec::new());
+
+/// Registers what every new service thread runs first. The first registration counts.
+pub fn on_start(f: fn()) {
+    let _ = ON_START.set(f);
+}
+
+/// Starts one of usvm's own threads. Its panics end it, not the process; `f` says what that means by what it leaves.
 pub fn spawn(name: &str, f: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
-    std::thread::Builder::new().name(format!("usvm-{name}")).spawn(f)
+    inject::check(Call::ThreadSpawn).map_err(|e| io::Error::from_raw_os_error(e.0))?;
+    alloc::internal(|| {
+        let name = format!("usvm-{name}");
+        let before = SigSet::all().thread_swap_mask(nix::sys::signal::SigmaskHow::SIG_SETMASK)?;
+        let spawned = std::thread::Builder::new().name(name.clone()).spawn(move || {
+            alloc::become_service_thread();
+            if let Some(start) = ON_START.get() {
+                start();
+            }
+            let _listed = Listed::new(name);
+            f();
+        });
+        before.thread_set_mask()?;
+        spawned
+    })
+}
+
+/// Kernel ids and names of the service threads that have started and not ended.
+pub fn living() -> Vec<(Pid, String)> {
+    list().clone()
+}
+
+/// Forgets all threads: in a forked child none exists.
+pub(crate) fn forget_all() {
+    list().clear();
+}
+
+fn list() -> std::sync::MutexGuard<'static, Vec<(Pid, String)>> {
+    LIVING.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// On the list while it lives. A thread that vanishes without unwinding stays on it: that is how it is noticed.
+struct Listed(Pid);
+
+impl Listed {
+    fn new(name: String) -> Self {
+        let tid = gettid();
+        list().push((tid, name));
+        Self(tid)
+    }
+}
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        list().retain(|(tid, _)| *tid != self.0);
+    }
 }

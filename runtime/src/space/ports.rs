@@ -121,8 +121,8 @@ pub trait HostMemory: AddressSpace {
     /// Gives a shadow place back; pages still in it are returned to the kernel, never to another range.
     fn shadow_free(&self, shadow: Shadow);
 
-    /// Returns the pages of `shadow` to the kernel; the place stays.
-    fn shadow_release(&self, shadow: &Shadow);
+    /// Returns the `pages` of `shadow` to the kernel; the place stays.
+    fn shadow_release(&self, shadow: &Shadow, pages: &PageMask);
 
     /// Puts prepared huge-page memory that was never at an application's address into an empty 2 MiB `shadow`.
     /// `false` when none is ready: touching the shadow then makes fresh pages.
@@ -146,17 +146,17 @@ pub trait HostMemory: AddressSpace {
     /// Gives pages that a live child shares copy-on-write to this process alone, so that they can flip.
     fn unshare(&self, app: Span, pages: &PageMask);
 
-    /// Starts tracking writes to `app`: from now on [`HostMemory::written`] tells which pages were written.
-    /// Fails where the kernel cannot track without faults.
+    /// Starts tracking writes to `app`: from now on [`HostMemory::take_written`] tells which pages were written.
+    /// Fails where the kernel cannot track without faults (WP_ASYNC and PAGEMAP_SCAN).
+    ///
+    /// Track first, copy afterwards: then no store can fall between. The other order is not sound, and UFFDIO_MOVE
+    /// neither keeps a page's write protection nor can map a page protected, so a page that just came back by a flip
+    /// cannot be tracked from the instant it is writable.
     fn track(&self, app: Span) -> std::result::Result<(), FlipError>;
 
-    /// Pages of `app` written since [`HostMemory::track`], and whether that is certain (see `settled`).
-    fn written(&self, app: Span) -> Option<PageMask>;
-
-    /// A stamp that changes whenever any page fault of this process was resolved. A page tracked as clean by
-    /// [`HostMemory::written`] cannot become written without one, so an unchanged stamp around "read the dirty
-    /// pages, flip them out" proves that no store fell in between.
-    fn fault_stamp(&self) -> u64;
+    /// The present pages of `app` written since the last call (or since [`HostMemory::track`]), protected again in the
+    /// same step. `None` when tracking was lost, for instance because the mapping is another one now.
+    fn take_written(&self, app: Span) -> Option<PageMask>;
 
     /// Fills a hole with zeroes (present already is success) and wakes its waiters.
     fn zero_fill(&self, page: u64) -> std::result::Result<(), FlipError>;
@@ -238,6 +238,10 @@ pub trait Device: Send + Sync {
     /// Copies `len` bytes at `at` of `shadow` to `at` of `bo`.
     fn upload(&self, bo: &Bo, shadow: &Shadow, at: u64, len: u64) -> Result<()>;
 
+    /// Copies `len` bytes of the application's memory at `from`, which may change or go away meanwhile, to `at` of
+    /// `bo`. EFAULT ([`Error::Gone`]) when some of it cannot be read.
+    fn upload_live(&self, bo: &Bo, at: u64, from: u64, len: u64) -> Result<()>;
+
     /// Copies `len` bytes at `at` of `bo` to `at` of `shadow`.
     fn download(&self, bo: &Bo, shadow: &Shadow, at: u64, len: u64) -> Result<()>;
 
@@ -256,6 +260,85 @@ pub trait Device: Send + Sync {
 
     /// Whether the device referenced `va` since the last call, where the hardware can tell (else `false`).
     fn test_and_clear_referenced(&self, va: Span) -> bool;
+}
+
+/// Where a policy wants a range that the device is about to use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Placement {
+    /// Into device memory, the CPU's view taken away.
+    Migrate,
+    /// A copy in device memory for reading, the CPU's view kept and its writes tracked. Only inside brackets
+    /// (`begin_access`), where the program promises not to write.
+    Share,
+    /// Not moved: the device reaches over the link.
+    Remote,
+}
+
+/// How much of a range a CPU access brings back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Return {
+    /// All of it, as the kernel does.
+    Range,
+    /// The aligned block of so many bytes (a power of two) around the access.
+    Block(u64),
+}
+
+/// What the program said about a range (CUDA's and Level Zero's words). Hints: never change results.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Advice {
+    /// Mostly read by everybody: share rather than migrate.
+    pub read_mostly: bool,
+    /// Where it should live: `Some(None)` the host, `Some(Some(d))` device `d`.
+    pub preferred: Option<Option<u32>>,
+    /// Mapped for this device even when it lives elsewhere.
+    pub accessed_by: Option<u32>,
+}
+
+/// What happened to a range so far; what policies decide by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct History {
+    /// Times it went to a device.
+    pub to_device: u32,
+    /// Times the CPU took some of it back.
+    pub to_host: u32,
+    /// Of these, how often soon after it had arrived (ping-pong).
+    pub thrash: u32,
+    /// CPU returns since it last arrived on the device.
+    pub returns_this_visit: u32,
+    /// Whether the device wrote it during the last visit.
+    pub device_wrote: bool,
+    /// Visits in a row that ended with most of it back on the host.
+    pub whole_returns: u32,
+}
+
+/// One decision's facts.
+#[derive(Debug, Clone, Copy)]
+pub struct Facts<'a> {
+    /// The range.
+    pub span: Span,
+    /// Loads, stores or atomics.
+    pub access: GpuAccess,
+    /// Inside begin/end of a launch.
+    pub bracketed: bool,
+    /// The device that asks.
+    pub device: u32,
+    /// What the program advised.
+    pub advice: Advice,
+    /// What happened before.
+    pub history: &'a History,
+}
+
+/// Chooses where ranges live. One object serves all threads at once; it decides from the facts alone, so a decision
+/// can be replayed.
+pub trait Policy: Send + Sync {
+    /// Its name in `USVM_POLICY`.
+    fn name(&self) -> &'static str;
+
+    /// A device is about to use a range that could migrate.
+    fn gpu_access(&self, facts: &Facts<'_>) -> Placement;
+
+    /// The CPU touched a range that lives on a device.
+    fn cpu_fault(&self, facts: &Facts<'_>) -> Return;
 }
 
 /// Serves a device's faults: what [`crate::space`] is to a device.

@@ -1,0 +1,101 @@
+//! Migrates like the kernel, and learns from each range what the kernel cannot use: that a program edits a few pages
+//! between launches, or that everybody only reads.
+
+use crate::ground::addr::SZ_64K;
+use crate::space::ports::{Facts, GpuAccess, Placement, Policy, Return};
+
+/// Ping-pongs after which a range comes back in blocks.
+const BLOCKS_AFTER: u32 = 2;
+/// Visits in a row that ended whole although blocks were tried: then blocks are not tried again for so many visits.
+const GIVE_UP_AFTER: u32 = 2;
+/// Every so many visits, blocks are tried again all the same.
+const RETRY_EVERY: u32 = 16;
+
+/// See the module.
+#[derive(Debug)]
+pub struct Adaptive;
+
+impl Policy for Adaptive {
+    fn name(&self) -> &'static str {
+        "adaptive"
+    }
+
+    fn gpu_access(&self, facts: &Facts<'_>) -> Placement {
+        let here = facts.advice.preferred == Some(Some(facts.device));
+        if facts.advice.preferred == Some(None) && facts.access != GpuAccess::Atomic {
+            return Placement::Remote;
+        }
+        if facts.bracketed && facts.access == GpuAccess::Read && facts.advice.read_mostly && !here {
+            return Placement::Share;
+        }
+        Placement::Migrate
+    }
+
+    fn cpu_fault(&self, facts: &Facts<'_>) -> Return {
+        let history = facts.history;
+        let given_up = history.whole_returns >= GIVE_UP_AFTER && history.to_device % RETRY_EVERY != 0;
+        if history.thrash < BLOCKS_AFTER || given_up || facts.span.len() <= SZ_64K {
+            return Return::Range;
+        }
+        // 64 KiB first, then twice as much each time, as read-ahead does: a CPU that takes all pays six faults.
+        let block = SZ_64K << history.returns_this_visit.min(16);
+        if block >= facts.span.len() { Return::Range } else { Return::Block(block) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ground::addr::{SZ_2M, Span};
+    use crate::space::ports::{Advice, History};
+
+    fn facts(history: &History) -> Facts<'_> {
+        Facts {
+            span: Span::sized(SZ_2M, SZ_2M),
+            access: GpuAccess::Read,
+            bracketed: true,
+            device: 0,
+            advice: Advice::default(),
+            history,
+        }
+    }
+
+    #[test]
+    fn blocks_grow_until_they_are_the_range() {
+        let mut history = History { thrash: BLOCKS_AFTER, to_device: 3, ..History::default() };
+        let mut sizes = Vec::new();
+        loop {
+            match Adaptive.cpu_fault(&facts(&history)) {
+                Return::Block(size) => sizes.push(size),
+                Return::Range => break,
+            }
+            history.returns_this_visit += 1;
+        }
+        assert_eq!(sizes, [64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20]);
+    }
+
+    #[test]
+    fn calm_ranges_and_hopeless_ones_come_back_whole() {
+        assert_eq!(Adaptive.cpu_fault(&facts(&History::default())), Return::Range);
+        let hopeless =
+            History { thrash: 9, whole_returns: GIVE_UP_AFTER, to_device: 5, ..History::default() };
+        assert_eq!(Adaptive.cpu_fault(&facts(&hopeless)), Return::Range);
+        let again = History { to_device: RETRY_EVERY, ..hopeless };
+        assert_eq!(Adaptive.cpu_fault(&facts(&again)), Return::Block(SZ_64K));
+    }
+
+    #[test]
+    fn advice_is_followed() {
+        let history = History::default();
+        let mut f = facts(&history);
+        assert_eq!(Adaptive.gpu_access(&f), Placement::Migrate);
+        f.advice.read_mostly = true;
+        assert_eq!(Adaptive.gpu_access(&f), Placement::Share);
+        f.access = GpuAccess::Write;
+        assert_eq!(Adaptive.gpu_access(&f), Placement::Migrate);
+        f.advice.preferred = Some(None);
+        assert_eq!(Adaptive.gpu_access(&f), Placement::Remote);
+        f.access = GpuAccess::Atomic;
+        assert_eq!(Adaptive.gpu_access(&f), Placement::Migrate);
+    }
+}
