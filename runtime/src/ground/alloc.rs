@@ -34,7 +34,7 @@
 #![allow(unsafe_code)]
 
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
+use std::cell::{Cell, UnsafeCell};
 use std::ptr::{self, NonNull};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
@@ -112,17 +112,12 @@ pub fn spans() -> [Span; 2] {
     [SERVICE.span(), MAILBOX.span()]
 }
 
-/// Holds both areas' locks, so that a fork copies them unlocked; for `pthread_atfork`.
-pub(crate) struct ForkHold {
-    _service: std::sync::MutexGuard<'static, Heap>,
-    _mailbox: std::sync::MutexGuard<'static, Heap>,
-}
-
-/// Takes both locks, mailbox first: an application thread may hold it while it waits for a fault.
-pub(crate) fn hold_for_fork() -> ForkHold {
-    let mailbox = MAILBOX.lock();
-    let service = SERVICE.lock();
-    ForkHold { _service: service, _mailbox: mailbox }
+/// For a forked child, where only one thread lives: whoever held an area's lock at the fork is gone, so both areas
+/// are left as they are and new ones begun. Blocks of the old areas stay readable and are never reused.
+pub(crate) fn renew_after_fork() {
+    SERVICE.renew();
+    MAILBOX.renew();
+    ROLE.set(Role::Application);
 }
 
 /// The global allocator of a program that has the runtime inside: routes usvm's own allocations to usvm's own memory
@@ -163,13 +158,17 @@ unsafe impl<A: GlobalAlloc> GlobalAlloc for Routed<A> {
                 unsafe { area.dealloc(block, layout, ROLE.get() == owner) };
                 return;
             }
+            if area.is_retired(block as usize) {
+                return;
+            }
         }
         // SAFETY: not from an area, so from the inner allocator.
         unsafe { self.0.dealloc(block, layout) }
     }
 
     unsafe fn realloc(&self, block: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
-        let foreign = !SERVICE.holds(block as usize) && !MAILBOX.holds(block as usize);
+        let own = |area: &Area| area.holds(block as usize) || area.is_retired(block as usize);
+        let foreign = !own(&SERVICE) && !own(&MAILBOX);
         if foreign && ROLE.get() == Role::Application {
             // SAFETY: the caller's contract; the block is the inner allocator's.
             return unsafe { self.0.realloc(block, layout, new_size) };
@@ -198,9 +197,14 @@ struct FreeBlock {
 struct Area {
     base: AtomicUsize,
     end: AtomicUsize,
-    heap: Mutex<Heap>,
+    heap: UnsafeCell<Mutex<Heap>>,
     returned: AtomicPtr<FreeBlock>,
+    /// Begins and ends of the areas of the processes this one was forked from.
+    retired: [(AtomicUsize, AtomicUsize); GENERATIONS],
 }
+
+/// Forks of forks of forks that may each run usvm anew.
+const GENERATIONS: usize = 8;
 
 // SAFETY: the heap is behind its mutex and only ever points into the area's own mapping; the list is atomic.
 unsafe impl Sync for Area {}
@@ -210,9 +214,34 @@ impl Area {
         Self {
             base: AtomicUsize::new(0),
             end: AtomicUsize::new(0),
-            heap: Mutex::new(Talc::new(Manual)),
+            heap: UnsafeCell::new(Mutex::new(Talc::new(Manual))),
             returned: AtomicPtr::new(ptr::null_mut()),
+            retired: [const { (AtomicUsize::new(0), AtomicUsize::new(0)) }; GENERATIONS],
         }
+    }
+
+    /// See [`renew_after_fork`].
+    fn renew(&self) {
+        let base = self.base.load(Ordering::Relaxed);
+        let Some(slot) = self.retired.iter().find(|(b, _)| b.load(Ordering::Relaxed) == 0) else { return };
+        if base == 0 {
+            return;
+        }
+        slot.1.store(self.end.load(Ordering::Relaxed), Ordering::Relaxed);
+        slot.0.store(base, Ordering::Relaxed);
+        self.returned.store(ptr::null_mut(), Ordering::Relaxed);
+        self.base.store(0, Ordering::Relaxed);
+        let fresh: Mutex<Heap> = Mutex::new(Talc::new(Manual));
+        // SAFETY: the child has one thread, which runs this: nobody holds or waits for the lock. The old heap points
+        // into the retired area only, which stays mapped.
+        unsafe { ptr::write(self.heap.get(), fresh) };
+    }
+
+    fn is_retired(&self, at: usize) -> bool {
+        self.retired.iter().any(|(base, end)| {
+            let base = base.load(Ordering::Relaxed);
+            base != 0 && at >= base && at < end.load(Ordering::Relaxed)
+        })
     }
 
     fn span(&self) -> Span {
@@ -234,8 +263,10 @@ impl Area {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Heap> {
+        // SAFETY: the cell is only written by a forked child that has no second thread (see `renew`).
+        let heap = unsafe { &*self.heap.get() };
         // A panic inside the heap would be a bug of the heap; its state is as good as it gets.
-        self.heap.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        heap.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     fn alloc(&self, layout: Layout) -> *mut u8 {

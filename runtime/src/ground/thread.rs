@@ -34,8 +34,9 @@ pub fn spawn(name: &str, f: impl FnOnce() + Send + 'static) -> io::Result<JoinHa
             if let Some(start) = ON_START.get() {
                 start();
             }
-            let _listed = Listed::new(name);
+            let listed = Listed::new(name);
             f();
+            listed.done();
         });
         before.thread_set_mask()?;
         spawned
@@ -56,7 +57,7 @@ fn list() -> std::sync::MutexGuard<'static, Vec<(Pid, String)>> {
     LIVING.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
-/// On the list while it lives. A thread that vanishes without unwinding stays on it: that is how it is noticed.
+/// On the list until it is done. A thread that panics or vanishes stays on it: that is how it is noticed.
 struct Listed(Pid);
 
 impl Listed {
@@ -65,10 +66,17 @@ impl Listed {
         list().push((tid, name));
         Self(tid)
     }
-}
 
-impl Drop for Listed {
-    fn drop(&mut self) {
+    fn done(self) {
         list().retain(|(tid, _)| *tid != self.0);
     }
+}
+
+/// The listed threads that do not live any more.
+pub fn dead() -> Vec<String> {
+    let process = rustix::process::getpid();
+    let gone = |tid: Pid| {
+        rustix::fs::stat(format!("/proc/{}/task/{}", process.as_raw_nonzero(), tid.as_raw_nonzero())).is_err()
+    };
+    living().into_iter().filter(|(tid, _)| gone(*tid)).map(|(_, name)| name).collect()
 }

@@ -34,7 +34,7 @@ impl Policy for Adaptive {
     fn cpu_fault(&self, facts: &Facts<'_>) -> Return {
         let history = facts.history;
         let given_up = history.whole_returns >= GIVE_UP_AFTER && history.to_device % RETRY_EVERY != 0;
-        if history.thrash < BLOCKS_AFTER || given_up || facts.span.len() <= SZ_64K {
+        if history.round_trips < BLOCKS_AFTER || given_up || facts.span.len() <= SZ_64K {
             return Return::Range;
         }
         // 64 KiB first, then twice as much each time, as read-ahead does: a CPU that takes all pays six faults.
@@ -62,7 +62,7 @@ mod tests {
 
     #[test]
     fn blocks_grow_until_they_are_the_range() {
-        let mut history = History { thrash: BLOCKS_AFTER, to_device: 3, ..History::default() };
+        let mut history = History { round_trips: BLOCKS_AFTER, to_device: 3, ..History::default() };
         let mut sizes = Vec::new();
         loop {
             match Adaptive.cpu_fault(&facts(&history)) {
@@ -78,7 +78,7 @@ mod tests {
     fn calm_ranges_and_hopeless_ones_come_back_whole() {
         assert_eq!(Adaptive.cpu_fault(&facts(&History::default())), Return::Range);
         let hopeless =
-            History { thrash: 9, whole_returns: GIVE_UP_AFTER, to_device: 5, ..History::default() };
+            History { round_trips: 9, whole_returns: GIVE_UP_AFTER, to_device: 5, ..History::default() };
         assert_eq!(Adaptive.cpu_fault(&facts(&hopeless)), Return::Range);
         let again = History { to_device: RETRY_EVERY, ..hopeless };
         assert_eq!(Adaptive.cpu_fault(&facts(&again)), Return::Block(SZ_64K));

@@ -301,8 +301,8 @@ pub struct History {
     pub to_device: u32,
     /// Times the CPU took some of it back.
     pub to_host: u32,
-    /// Of these, how often soon after it had arrived (ping-pong).
-    pub thrash: u32,
+    /// Returns of a range that had been back and forth before: ping-pong at the pace of launches.
+    pub round_trips: u32,
     /// CPU returns since it last arrived on the device.
     pub returns_this_visit: u32,
     /// Whether the device wrote it during the last visit.

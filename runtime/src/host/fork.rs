@@ -1,0 +1,61 @@
+//! What happens around fork.
+//!
+//! # Overview
+//! Before a fork everything is brought home, so that the child, which has none of usvm's threads, finds its memory
+//! complete; after it the parent goes on and the child forgets that usvm ran. `vfork` and `posix_spawn` share the
+//! address space until they exec and need nothing. A fork by raw system call passes these handlers by; there the
+//! kernel's own FORK event lets the parent fill the child's pages (see [`crate::runtime`]).
+//!
+//! # Locking
+//! The handlers run on the application's thread, which must not wait for a lock of usvm: they hand the work to a
+//! service thread and wait for its fence.
+//!
+//! # Safety
+//! `pthread_atfork` gets functions that live as long as the program. They only read a table of function pointers that
+//! is set once.
+#![allow(unsafe_code)]
+
+use std::sync::OnceLock;
+
+use crate::ground::error::{Errno, Error, Result};
+
+/// What runs around a fork, on the thread that forks.
+#[derive(Debug, Clone, Copy)]
+pub struct Handlers {
+    /// Before, in the parent.
+    pub prepare: fn(),
+    /// After, in the parent.
+    pub parent: fn(),
+    /// After, in the child.
+    pub child: fn(),
+}
+
+static HANDLERS: OnceLock<Handlers> = OnceLock::new();
+
+extern "C" fn prepare() {
+    if let Some(handlers) = HANDLERS.get() {
+        (handlers.prepare)();
+    }
+}
+
+extern "C" fn parent() {
+    if let Some(handlers) = HANDLERS.get() {
+        (handlers.parent)();
+    }
+}
+
+extern "C" fn child() {
+    if let Some(handlers) = HANDLERS.get() {
+        (handlers.child)();
+    }
+}
+
+/// Installs the handlers, once for the life of the process; later calls do nothing.
+pub fn install(handlers: Handlers) -> Result<()> {
+    static INSTALLED: OnceLock<i32> = OnceLock::new();
+    let _ = HANDLERS.set(handlers);
+    // SAFETY: the three functions are of this program and never go away while usvm's code is loaded.
+    let result =
+        *INSTALLED.get_or_init(|| unsafe { libc::pthread_atfork(Some(prepare), Some(parent), Some(child)) });
+    if result == 0 { Ok(()) } else { Err(Error::os("pthread_atfork", Errno(result))) }
+}

@@ -1,0 +1,311 @@
+//! The fault and event service: the threads that answer the kernel.
+//!
+//! # Overview
+//! All service threads run the same loop; one at a time is the *reader*.
+//!
+//! ```text
+//!   reader:  read all messages -> handle the events, in order -> queue the faults -> take one fault
+//!                 ^                                                                   |
+//!                 |                        alone and quick: serve it and stay reader -+
+//!   next reader <-+-- otherwise: give the reading up, serve it --> back to the start
+//! ```
+//!
+//! One thread that faults again and again is served by one awake thread, with no hand-over; threads that fault at the
+//! same time are served by as many. Which of the two it is, is learnt: a message that waits when a fault has just been
+//! served says that there is company.
+//!
+//! # Order of events
+//! Reading an event lets the call that caused it return. The messages of one read are handled like this:
+//!
+//! 1. Events come before faults: a fault after munmap and mmap must not find the old range.
+//! 2. Events are handled in the order they were read. They can be out of causal order: two calls that overlap in time
+//!    queue theirs as they come. What keeps this harmless is written where it is used: an unmap only takes what was
+//!    registered before it ([`crate::space::svm::Svm::unmapped`]), and what mremap moved follows later events while it
+//!    has not landed.
+//! 3. While any event is unread, every flip answers EAGAIN. Whoever gets that puts the fault back, so that the next
+//!    read comes first. No thread waits for a lock while it is the reader, except for a range's own, in an event: and
+//!    whoever holds that one never waits for the reader with it.
+//! 4. [`Service::barrier`] returns when every event queued before the call was handled. A device access begins with it.
+//!
+//! # Waiting for messages
+//! Waking a thread that sleeps in poll costs more than a flip. After a fault the reader therefore looks again for a
+//! while before it sleeps; the time grows when the next fault came soon after it had gone to sleep and shrinks when
+//! none came, as the kernel's halt polling does. Between looks it yields.
+//!
+//! # Limits
+//! Faults are counted from when they are read: the time a message waited in the kernel is not in the latency figures.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::time::{Duration, Instant};
+
+use crate::ground::addr::{SZ_4K, align_down};
+use crate::ground::error::Result;
+use crate::host::Host;
+use crate::host::message::Message;
+use crate::space::svm::{Served, Svm, Wait};
+
+/// Faults for which company is expected after some was seen.
+const COMPANY: u32 = 64;
+
+/// One fault that waits.
+#[derive(Debug, Clone, Copy)]
+struct Fault {
+    addr: u64,
+    arrived: Instant,
+    not_before: Instant,
+    attempts: u32,
+}
+
+/// What only the reader touches.
+struct Reader {
+    batch: Vec<Message>,
+    spin: Spin,
+}
+
+/// How long to look for the next message before sleeping.
+struct Spin {
+    max: Duration,
+    now: Duration,
+    last: Instant,
+}
+
+impl Spin {
+    /// A fault was served or came.
+    fn active(&mut self, at: Instant, slept: bool) {
+        if slept && at.duration_since(self.last) < self.max * 2 {
+            self.now = (self.now * 2).clamp(self.max / 8, self.max);
+        }
+        self.last = at;
+    }
+
+    /// Looked for nothing.
+    fn in_vain(&mut self) {
+        self.now /= 2;
+        if self.now < self.max / 64 {
+            self.now = Duration::ZERO;
+        }
+    }
+}
+
+/// The service of one runtime.
+pub struct Service {
+    host: Arc<Host>,
+    svm: Arc<Svm>,
+    reader: Mutex<Reader>,
+    queue: Mutex<VecDeque<Fault>>,
+    company: AtomicU32,
+    begun: AtomicU64,
+    finished: AtomicU64,
+    stop: AtomicBool,
+    on_fork: Box<dyn Fn(rustix::fd::OwnedFd) + Send + Sync>,
+}
+
+impl Service {
+    /// A service that looks for messages for at most `spin` before it sleeps. `on_fork` gets a child's userfaultfd.
+    pub fn new(
+        host: Arc<Host>,
+        svm: Arc<Svm>,
+        spin: Duration,
+        on_fork: impl Fn(rustix::fd::OwnedFd) + Send + Sync + 'static,
+    ) -> Self {
+        let now = Instant::now();
+        Self {
+            host,
+            svm,
+            reader: Mutex::new(Reader {
+                batch: Vec::with_capacity(256),
+                spin: Spin { max: spin, now: Duration::ZERO, last: now },
+            }),
+            queue: Mutex::new(VecDeque::with_capacity(256)),
+            company: AtomicU32::new(0),
+            begun: AtomicU64::new(0),
+            finished: AtomicU64::new(0),
+            stop: AtomicBool::new(false),
+            on_fork: Box::new(on_fork),
+        }
+    }
+
+    fn queue(&self) -> MutexGuard<'_, VecDeque<Fault>> {
+        self.queue.lock().unwrap_or_else(|p| p.into_inner())
+    }
+
+    /// One service thread. Returns after [`Service::stop`].
+    pub fn run(&self) {
+        while !self.stop.load(Ordering::Acquire) {
+            let mut reader = self.reader.lock().unwrap_or_else(|p| p.into_inner());
+            if let Err(e) = self.read_and_serve(&mut reader) {
+                tracing::error!("the fault service cannot read: {e}");
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            let shared = reader;
+            let Some(fault) = self.next_fault() else { continue };
+            drop(shared);
+            self.serve(fault, true);
+        }
+    }
+
+    /// Makes all service threads return.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Release);
+        self.host.channel().wake_reader();
+    }
+
+    /// As the reader: reads and serves until there is a fault that others should not wait behind.
+    fn read_and_serve(&self, reader: &mut Reader) -> Result<()> {
+        while !self.stop.load(Ordering::Acquire) {
+            let first_look = self.read(reader)?;
+            let mut queue = self.queue();
+            let ready = queue.iter().filter(|f| f.not_before <= Instant::now()).take(2).count();
+            if ready == 0 {
+                let wake_at = queue.iter().map(|f| f.not_before).min();
+                drop(queue);
+                self.wait(reader, wake_at)?;
+                continue;
+            }
+            if ready > 1 || self.company.load(Ordering::Relaxed) > 0 {
+                if ready > 1 {
+                    self.company.store(COMPANY, Ordering::Relaxed);
+                } else {
+                    self.company.fetch_sub(1, Ordering::Relaxed);
+                }
+                return Ok(());
+            }
+            let Some(fault) = take_ready(&mut queue) else { continue };
+            drop(queue);
+            let put_back = !self.serve(fault, false);
+            reader.spin.active(Instant::now(), false);
+            if put_back {
+                return Ok(());
+            }
+            if first_look && self.read(reader)? {
+                self.company.store(COMPANY, Ordering::Relaxed);
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads all messages, handles the events, queues the faults. Whether there was any message.
+    fn read(&self, reader: &mut Reader) -> Result<bool> {
+        self.begun.fetch_add(1, Ordering::AcqRel);
+        let read = self.host.channel().read_batch(&mut reader.batch);
+        let arrived = Instant::now();
+        let any = !reader.batch.is_empty();
+        let mut faults = Vec::new();
+        for message in reader.batch.drain(..) {
+            match message {
+                Message::Fault { addr, .. } => faults.push(align_down(addr, SZ_4K)),
+                Message::Unmap(span) => self.svm.unmapped(span),
+                Message::Remove(span) => self.svm.discarded(span),
+                Message::Remap { from, to, len } => {
+                    if !self.host.is_own_remap(from, to) {
+                        self.svm.moved(from, to, len);
+                    }
+                }
+                Message::Fork(child) => (self.on_fork)(child),
+            }
+        }
+        self.finished.fetch_add(1, Ordering::AcqRel);
+        // Sorted, so that the faults of one range are served together: after the first the others find their page.
+        faults.sort_unstable();
+        faults.dedup();
+        let mut queue = self.queue();
+        queue.extend(faults.into_iter().map(|addr| Fault { addr, arrived, not_before: arrived, attempts: 0 }));
+        drop(queue);
+        read.map(|_| any)
+    }
+
+    /// Waits for messages, or until `wake_at`.
+    fn wait(&self, reader: &mut Reader, wake_at: Option<Instant>) -> Result<()> {
+        let began = Instant::now();
+        let look_until = reader.spin.last + reader.spin.now;
+        while Instant::now() < look_until {
+            if self.read(reader)? {
+                reader.spin.active(Instant::now(), false);
+                return Ok(());
+            }
+            if self.stop.load(Ordering::Acquire) || wake_at.is_some_and(|at| Instant::now() >= at) {
+                return Ok(());
+            }
+            std::thread::yield_now();
+        }
+        if reader.spin.now > Duration::ZERO && began < look_until {
+            reader.spin.in_vain();
+        }
+        let timeout = wake_at.map(|at| at.saturating_duration_since(Instant::now()));
+        let ready = self.host.channel().poll(timeout)?;
+        if ready.messages {
+            reader.spin.active(Instant::now(), true);
+        }
+        Ok(())
+    }
+
+    fn next_fault(&self) -> Option<Fault> {
+        take_ready(&mut self.queue())
+    }
+
+    /// Serves one fault; `false` if it went back to the queue.
+    fn serve(&self, fault: Fault, patient: bool) -> bool {
+        match self.svm.cpu_fault(fault.addr, patient) {
+            Served::Done => {
+                self.svm.note_cpu_fault(fault.addr, fault.arrived);
+                true
+            }
+            Served::Retry(wait) => {
+                let delay = match wait {
+                    Wait::Lock => Duration::ZERO,
+                    Wait::Events => Duration::from_micros(u64::from(fault.attempts.min(50)) * 20),
+                    Wait::Pins => Duration::from_micros(20 + u64::from(fault.attempts.min(50)) * 20),
+                };
+                let not_before = Instant::now() + delay;
+                self.queue().push_back(Fault { not_before, attempts: fault.attempts + 1, ..fault });
+                if patient {
+                    self.host.channel().wake_reader();
+                }
+                false
+            }
+        }
+    }
+
+    /// Returns when every event that the kernel had queued before the call was handled. Not for service threads of this
+    /// loop.
+    pub fn barrier(&self) {
+        let begun = self.begun.load(Ordering::Acquire);
+        let unread = self.host.channel().has_messages();
+        let target = if unread { begun + 1 } else { begun };
+        let mut looks = 0u32;
+        while self.finished.load(Ordering::Acquire) < target && !self.stop.load(Ordering::Acquire) {
+            looks += 1;
+            if looks < 64 {
+                std::thread::yield_now();
+            } else {
+                std::thread::sleep(Duration::from_micros(20));
+            }
+        }
+    }
+
+    /// Reads and handles what is there in the place of the service threads, for the watchdog after one of them died.
+    pub fn rescue(&self) {
+        match self.reader.try_lock() {
+            Ok(mut reader) => drop(self.read(&mut reader)),
+            Err(TryLockError::Poisoned(poisoned)) => drop(self.read(&mut poisoned.into_inner())),
+            Err(TryLockError::WouldBlock) => {
+                let spin = Spin { max: Duration::ZERO, now: Duration::ZERO, last: Instant::now() };
+                drop(self.read(&mut Reader { batch: Vec::new(), spin }));
+            }
+        }
+        while let Some(fault) = self.next_fault() {
+            if !self.serve(fault, false) {
+                break;
+            }
+        }
+    }
+}
+
+/// Takes the first fault whose time has come.
+fn take_ready(queue: &mut VecDeque<Fault>) -> Option<Fault> {
+    let now = Instant::now();
+    let at = queue.iter().position(|f| f.not_before <= now)?;
+    queue.remove(at)
+}

@@ -1,0 +1,716 @@
+//! A running usvm: builds the parts, starts the threads, and is what programs call.
+//!
+//! # Overview
+//! ```no_run
+//! #[global_allocator]
+//! static ALLOC: usvm::Routed<std::alloc::System> = usvm::Routed(std::alloc::System);
+//!
+//! # fn main() -> usvm::Result<()> {
+//! let runtime = usvm::Runtime::start(usvm::Config::from_env()?)?;
+//! let mut numbers = vec![1u64; 1 << 20];
+//! let (at, len) = (numbers.as_ptr() as u64, numbers.len() as u64 * 8);
+//! runtime
+//!     .launch(0, move |gpu| {
+//!         gpu.update(at, len, |tile, _| {
+//!             for word in tile.chunks_exact_mut(8) {
+//!                 let n = u64::from_le_bytes(word.try_into().unwrap());
+//!                 word.copy_from_slice(&(n * 2).to_le_bytes());
+//!             }
+//!         })
+//!     })
+//!     .wait(None)?;
+//! assert!(numbers.iter().all(|n| *n == 2));
+//! # Ok(()) }
+//! ```
+//!
+//! # Threads
+//! Fault service threads, control threads, two engines for each simulated device, one watchdog. All of them are
+//! usvm's own (see [`crate::ground::thread`]); application threads only put requests into queues and wait on fences.
+//!
+//! # Limits
+//! One runtime at a time in a process: a mapping can be registered with one userfaultfd only.
+
+mod control;
+mod watchdog;
+
+use std::fmt;
+use std::sync::atomic::{AtomicPtr, AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
+
+use crate::device::sim::{Gpu, Profile, SimConfig, SimDevice};
+use crate::ground::addr::{SZ_4K, SZ_64K, Span};
+use crate::ground::config::Config;
+use crate::ground::error::{Errno, Error, Result};
+use crate::ground::sync::Fence;
+use crate::ground::{alloc, thread};
+use crate::host::fork::{self, Handlers};
+use crate::host::service::Service;
+use crate::host::{Host, Options, exempt};
+use crate::observe::observer::Observer;
+use crate::observe::stats::{Cause, StatsSnapshot};
+use crate::policy;
+use crate::space::mover::{Mover, Range};
+use crate::space::ports::{Advice, Device, DeviceInfo, FaultSink, GpuAccess};
+use crate::space::residency::Residence;
+use crate::space::svm::{Svm, Want};
+use crate::space::{Space, SpaceConfig};
+use control::Control;
+
+/// Whether pages up to this chunk size must be populated before a range is made of them (xe's choice).
+const CHECK_PAGES_THRESHOLD: u64 = SZ_64K;
+
+/// A place memory can be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Location {
+    /// The host's memory.
+    Host,
+    /// A device, by index.
+    Device(u32),
+}
+
+/// What a launch on a device will use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Access {
+    /// First address.
+    pub addr: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Loads, stores or atomics.
+    pub access: GpuAccess,
+}
+
+/// A hint for a span of memory (CUDA's and Level Zero's words).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hint {
+    /// Mostly read, by host and device.
+    ReadMostly(bool),
+    /// Where it should live; `None` takes an earlier hint back.
+    PreferredLocation(Option<Location>),
+}
+
+/// How the runtime is built, beyond what [`Config`] says.
+#[derive(Debug, Clone, Default)]
+pub struct Builder {
+    config: Config,
+    host: Options,
+    devices: Vec<SimConfig>,
+}
+
+impl Builder {
+    /// With this configuration.
+    pub fn new(config: Config) -> Self {
+        Self { config, ..Self::default() }
+    }
+
+    /// What of the kernel's features to use; for tests of the fallbacks.
+    #[must_use]
+    pub fn host(mut self, options: Options) -> Self {
+        self.host = options;
+        self
+    }
+
+    /// Adds a device; without any, the configuration names one.
+    #[must_use]
+    pub fn device(mut self, device: SimConfig) -> Self {
+        self.devices.push(device);
+        self
+    }
+
+    /// Builds and starts it.
+    pub fn start(self) -> Result<Runtime> {
+        alloc::internal(|| start(self))
+    }
+}
+
+const RUNNING: u8 = 0;
+const CLOSING: u8 = 1;
+const CLOSED: u8 = 2;
+const WITHDRAWN: u8 = 3;
+const IN_A_CHILD: u8 = 4;
+
+pub(crate) struct Inner {
+    config: Config,
+    host: Arc<Host>,
+    svm: Arc<Svm>,
+    service: Arc<Service>,
+    devices: Vec<Arc<SimDevice>>,
+    observer: Arc<Observer>,
+    control: Control,
+    brackets: Mutex<Vec<Vec<Arc<Range>>>>,
+    state: AtomicU8,
+}
+
+/// A running usvm. Clones are the same one; it ends with [`Runtime::shutdown`] or with the last clone.
+#[derive(Clone)]
+pub struct Runtime {
+    handle: Arc<Handle>,
+}
+
+/// What the program holds; the threads hold only what is inside.
+struct Handle(Arc<Inner>);
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.0.shutdown();
+    }
+}
+
+/// The process's runtime, for the handlers around fork: a leaked reference to its [`Inner`], or null.
+static CURRENT: AtomicPtr<Inner> = AtomicPtr::new(std::ptr::null_mut());
+
+fn start(builder: Builder) -> Result<Runtime> {
+    let Builder { config, host: options, devices } = builder;
+    if !alloc::installed() {
+        return Err(Error::NotSupported(
+            "usvm's own memory must not be migratable; add to the program: #[global_allocator] static ALLOC: \
+             usvm::Routed<std::alloc::System> = usvm::Routed(std::alloc::System);"
+                .into(),
+        ));
+    }
+    thread::on_start(|| {
+        exempt::exempt_current_thread();
+    });
+    alloc::spans().into_iter().filter(|s| !s.is_empty()).for_each(exempt::exempt);
+    exempt::exempt_own_objects();
+
+    let devices = if devices.is_empty() { vec![device_of(&config)?] } else { devices };
+    let host = Arc::new(Host::new(options)?);
+    alloc::spans().into_iter().filter(|s| !s.is_empty()).for_each(exempt::exempt);
+    let devices = devices.into_iter().map(SimDevice::new).collect::<Result<Vec<_>>>()?;
+    let observer = Arc::new(Observer::new());
+    let space = Space::new(SpaceConfig {
+        notifier_size: config.notifier_size,
+        chunk_sizes: config.chunk_sizes.clone(),
+        ..SpaceConfig::default()
+    })?;
+    let ports: Vec<Arc<dyn Device>> = devices.iter().map(|d| d.clone() as Arc<dyn Device>).collect();
+    let mover = Mover::new(host.clone(), ports, policy::by_name(&config.policy)?, observer.clone());
+    let svm = Arc::new(Svm::new(space, mover, CHECK_PAGES_THRESHOLD));
+    let service = {
+        let (filled, host_of_child) = (svm.clone(), host.clone());
+        Arc::new(Service::new(host.clone(), svm.clone(), Duration::from_micros(config.spin_us), move |child| {
+            filled.for_child(|span, pages, shadow| host_of_child.fill_child(&child, span, shadow, pages));
+        }))
+    };
+    let barrier = Arc::downgrade(&service);
+    svm.set_barrier(Arc::new(move || {
+        if let Some(service) = barrier.upgrade() {
+            service.barrier();
+        }
+    }));
+
+    let inner = Arc::new(Inner {
+        control: Control::start()?,
+        brackets: Mutex::default(),
+        state: AtomicU8::new(RUNNING),
+        config,
+        host,
+        svm,
+        service,
+        devices,
+        observer,
+    });
+    publish(&inner)?;
+    let runtime = Runtime { handle: Arc::new(Handle(inner)) };
+    runtime.inner().start_threads()?;
+    Ok(runtime)
+}
+
+/// Makes it the process's runtime; there can be one.
+fn publish(inner: &Arc<Inner>) -> Result<()> {
+    let raw = Arc::into_raw(inner.clone()).cast_mut();
+    if CURRENT.compare_exchange(std::ptr::null_mut(), raw, Ordering::AcqRel, Ordering::Acquire).is_err() {
+        reclaim(raw);
+        return Err(Error::NotSupported("a runtime is running in this process already: use that one".into()));
+    }
+    fork::install(Handlers { prepare: before_fork, parent: after_fork, child: in_child })
+}
+
+/// The device that the configuration names.
+fn device_of(config: &Config) -> Result<SimConfig> {
+    let profile = match config.device.split_once(':') {
+        None if config.device == "sim" || config.device == "auto" => Profile::by_name("generic")?,
+        Some(("sim", name)) => Profile::by_name(name)?,
+        _ => {
+            return Err(Error::Invalid {
+                argument: "USVM_DEVICE",
+                reason: format!("{:?} is not sim, sim:PROFILE or auto; DRM devices are not supported yet", config.device),
+            });
+        }
+    };
+    Ok(SimConfig {
+        profile,
+        vram_bytes: config.vram.unwrap_or(SimConfig::default().vram_bytes),
+        cpu_visible_bytes: config.visible,
+        recoverable_faults: config.faults,
+        ..SimConfig::default()
+    })
+}
+
+thread_local! {
+    /// The range that the current engine thread's last fault pinned.
+    static FAULT_PINS: std::cell::RefCell<Vec<Arc<Range>>> = const { std::cell::RefCell::new(Vec::new()) };
+}
+
+/// Serves one device's faults. Holds the SVM weakly: the SVM holds the device.
+struct Sink {
+    svm: Weak<Svm>,
+    device: u32,
+}
+
+impl FaultSink for Sink {
+    fn gpu_fault(&self, addr: u64, _len: u64, access: GpuAccess) -> Result<()> {
+        // A thread that waits for memory must hold none: two engines could wait for each other.
+        self.fault_done();
+        let svm = self.svm.upgrade().ok_or(Error::NotRunning("it was shut down"))?;
+        let pinned = svm.gpu_access(self.device, addr, 1, Want::fault(access))?;
+        FAULT_PINS.set(pinned);
+        Ok(())
+    }
+
+    fn fault_done(&self) {
+        let pinned = FAULT_PINS.take();
+        if let Some(svm) = self.svm.upgrade() {
+            svm.release(&pinned);
+        }
+    }
+}
+
+impl Inner {
+    pub(crate) fn is_running(&self) -> bool {
+        self.state.load(Ordering::Acquire) == RUNNING
+    }
+
+    fn check(&self) -> Result<()> {
+        match self.state.load(Ordering::Acquire) {
+            RUNNING => Ok(()),
+            WITHDRAWN => Err(Error::NotRunning("a service thread died and it withdrew; the log says which")),
+            IN_A_CHILD => Err(Error::NotRunning("it belongs to the parent process; start one here")),
+            _ => Err(Error::NotRunning("it was shut down")),
+        }
+    }
+
+    fn start_threads(self: &Arc<Self>) -> Result<()> {
+        for (index, device) in self.devices.iter().enumerate() {
+            device.set_fault_sink(Arc::new(Sink { svm: Arc::downgrade(&self.svm), device: index as u32 }));
+        }
+        let failed = |e: std::io::Error| Error::os("clone", Errno(e.raw_os_error().unwrap_or(libc::EAGAIN)));
+        for index in 0..self.config.workers.max(2) {
+            let service = self.service.clone();
+            thread::spawn(&format!("fault{index}"), move || service.run()).map_err(failed)?;
+        }
+        if let Some(path) = self.config.trace_path(std::process::id()) {
+            let names: Vec<String> = self.devices.iter().map(|d| d.info().name.clone()).collect();
+            self.observer.trace.start(&path, self.config.trace_events, &names)?;
+        }
+        let weak = Arc::downgrade(self);
+        thread::spawn("watch", move || watchdog::run(&weak)).map_err(failed)?;
+        Ok(())
+    }
+
+    /// One round of housekeeping.
+    fn keep_house(&self) {
+        if let Err(e) = self.svm.collect_garbage() {
+            tracing::debug!("garbage stays for now: {e}");
+        }
+        let allowed = self.config.retained.unwrap_or(u64::MAX).min(self.host.allowed_retained());
+        if self.svm.mover.retained_bytes() > allowed {
+            self.svm.shrink(allowed);
+        }
+        self.host.keep_pool();
+    }
+
+    /// Everything comes home, nothing new is served.
+    fn shutdown(&self) {
+        if self.state.compare_exchange(RUNNING, CLOSING, Ordering::AcqRel, Ordering::Acquire).is_err() {
+            return;
+        }
+        let svm = self.svm.clone();
+        let closed = self.control.call(move || svm.close());
+        if let Err(e) = closed {
+            tracing::error!("not everything came home: {e}");
+        }
+        self.finish(CLOSED);
+    }
+
+    /// Stops the threads and lets go of all memory.
+    fn finish(&self, state: u8) {
+        self.host.unregister_all();
+        self.service.stop();
+        self.control.stop();
+        if let Err(e) = self.observer.trace.stop() {
+            tracing::error!("the trace is incomplete: {e}");
+        }
+        self.report();
+        self.state.store(state, Ordering::Release);
+        let raw = CURRENT.swap(std::ptr::null_mut(), Ordering::AcqRel);
+        reclaim(raw);
+    }
+
+    fn report(&self) {
+        let snapshot = self.observer.stats.snapshot();
+        if self.config.show_stats {
+            eprint!("{snapshot}");
+        }
+        if let Some(path) = self.config.stats_path(std::process::id())
+            && let Err(e) = std::fs::write(&path, snapshot.to_json())
+        {
+            tracing::error!("cannot write the statistics to {}: {e}", path.display());
+        }
+    }
+
+    /// A service thread died: brings everything home by this thread's own hands, reports as lost what stays behind.
+    fn withdraw(&self) {
+        if self.state.compare_exchange(RUNNING, WITHDRAWN, Ordering::AcqRel, Ordering::Acquire).is_err() {
+            return;
+        }
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while !self.svm.rescue() && Instant::now() < deadline {
+            self.service.rescue();
+        }
+        self.svm.poison_the_rest();
+        self.service.rescue();
+        self.finish(WITHDRAWN);
+    }
+}
+
+/// Gives back a reference that [`publish`] leaked.
+#[allow(unsafe_code)]
+fn reclaim(raw: *mut Inner) {
+    if !raw.is_null() {
+        // SAFETY: `raw` came from `Arc::into_raw` in `publish` and was taken out of `CURRENT`, so it is given back once.
+        drop(unsafe { Arc::from_raw(raw) });
+    }
+}
+
+/// Runs `f` on the process's runtime, if there is one.
+#[allow(unsafe_code)]
+fn with_current(f: impl FnOnce(&Inner)) {
+    let raw = CURRENT.load(Ordering::Acquire);
+    if !raw.is_null() {
+        // SAFETY: the leaked reference keeps it alive while `CURRENT` has it. A shutdown in another thread during a fork
+        // is the program's own race; `finish` ends all threads' use before it gives the reference back.
+        f(unsafe { &*raw });
+    }
+}
+
+fn before_fork() {
+    with_current(|inner| {
+        if inner.is_running() && !alloc::is_service_thread() {
+            let svm = inner.svm.clone();
+            let home = inner.control.call(move || {
+                svm.freeze();
+                svm.bring_home(Span::new(0, u64::MAX), Cause::User)
+            });
+            if let Err(e) = home {
+                tracing::error!("a forked child may miss memory: {e}");
+            }
+        }
+    });
+}
+
+fn after_fork() {
+    with_current(|inner| {
+        if inner.is_running() && !alloc::is_service_thread() {
+            let svm = inner.svm.clone();
+            let _ = inner.control.call(move || {
+                svm.thaw();
+                Ok(())
+            });
+        }
+    });
+}
+
+fn in_child() {
+    let mut had_one = false;
+    with_current(|inner| {
+        inner.state.store(IN_A_CHILD, Ordering::Release);
+        inner.host.close_in_child();
+        had_one = true;
+    });
+    if had_one {
+        // The parent's record is left as it is: its locks may be held by threads that do not exist here.
+        CURRENT.store(std::ptr::null_mut(), Ordering::Release);
+        alloc::renew_after_fork();
+        thread::forget_all();
+    }
+}
+
+impl Runtime {
+    /// Starts usvm with `config` and the kernel features there are.
+    pub fn start(config: Config) -> Result<Self> {
+        Builder::new(config).start()
+    }
+
+    fn inner(&self) -> &Arc<Inner> {
+        &self.handle.0
+    }
+
+    /// The devices, by index.
+    pub fn devices(&self) -> Vec<DeviceInfo> {
+        self.inner().devices.iter().map(|d| d.info().clone()).collect()
+    }
+
+    /// A device, for what only it can do.
+    pub fn device(&self, device: u32) -> Result<&Arc<SimDevice>> {
+        self.inner().devices.get(device as usize).ok_or_else(|| Error::Invalid {
+            argument: "device",
+            reason: format!("there is no device {device}; there are {}", self.inner().devices.len()),
+        })
+    }
+
+    /// The configuration in force.
+    pub fn config(&self) -> &Config {
+        &self.inner().config
+    }
+
+    /// What the kernel offers and what of it is used.
+    pub fn host(&self) -> &Host {
+        &self.inner().host
+    }
+
+    /// Queues `kernel` on the device's compute engine. It reaches memory only through its `Gpu`, by the process's own
+    /// addresses; what it captured by value travels with it. The fence carries its error.
+    ///
+    /// On a device without recoverable faults nothing is mapped for it: use [`Runtime::launch_with`].
+    pub fn launch(&self, device: u32, kernel: impl FnOnce(&mut Gpu<'_>) -> Result<()> + Send + 'static) -> Fence {
+        self.launch_with(device, &[], kernel)
+    }
+
+    /// As [`Runtime::launch`], with what it uses announced: all of `accesses` is on the device or mapped before it begins
+    /// and stays so until it ends.
+    pub fn launch_with(
+        &self,
+        device: u32,
+        accesses: &[Access],
+        kernel: impl FnOnce(&mut Gpu<'_>) -> Result<()> + Send + 'static,
+    ) -> Fence {
+        alloc::internal(|| {
+            let inner = self.inner();
+            let ready = inner.check().and_then(|()| self.device(device)).and_then(|dev| {
+                check_working_set(dev.info(), accesses)?;
+                Ok(dev)
+            });
+            let dev = match ready {
+                Ok(dev) => dev,
+                Err(e) => return Fence::signaled(Err(e)),
+            };
+            let svm = inner.svm.clone();
+            let accesses = accesses.to_vec();
+            let observer = inner.observer.clone();
+            dev.launch(move |gpu| {
+                let started = Instant::now();
+                let held = hold(&svm, device, &accesses)?;
+                let result = kernel(gpu);
+                svm.release(&held);
+                observer.launched(device, started);
+                result
+            })
+        })
+    }
+
+    /// Brings `[addr, addr + len)` to `to`. The fence tells when it is there.
+    pub fn prefetch(&self, addr: u64, len: u64, to: Location) -> Fence {
+        let inner = self.inner();
+        if let Err(e) = inner.check().and_then(|()| self.check_location(to)) {
+            return Fence::signaled(Err(e));
+        }
+        let svm = inner.svm.clone();
+        inner.control.submit(move || match to {
+            Location::Host => svm.bring_home(Span::sized(addr, len).page_aligned(), Cause::Prefetch),
+            Location::Device(device) => svm.gpu_access(device, addr, len, Want::prefetch()).map(|_| ()),
+        })
+    }
+
+    fn check_location(&self, location: Location) -> Result<()> {
+        match location {
+            Location::Host => Ok(()),
+            Location::Device(device) => self.device(device).map(|_| ()),
+        }
+    }
+
+    /// Brings `[addr, addr + len)` to the host and gives up its device memory.
+    pub fn evict(&self, addr: u64, len: u64) -> Result<()> {
+        self.call(move |svm| svm.bring_home(Span::sized(addr, len).page_aligned(), Cause::User))
+    }
+
+    /// The contents of the whole pages inside `[addr, addr + len)` may be dropped.
+    pub fn discard(&self, addr: u64, len: u64) -> Result<()> {
+        let inside = Span::new(
+            crate::ground::addr::align_up(addr, SZ_4K),
+            crate::ground::addr::align_down(addr.saturating_add(len), SZ_4K),
+        );
+        self.call(move |svm| {
+            svm.discard(inside);
+            Ok(())
+        })
+    }
+
+    /// Tells what is known about `[addr, addr + len)`. Hints never change results.
+    pub fn advise(&self, addr: u64, len: u64, hint: Hint) -> Result<()> {
+        if let Hint::PreferredLocation(Some(location)) = hint {
+            self.check_location(location)?;
+        }
+        self.call(move |svm| {
+            svm.advices.update(Span::sized(addr, len).page_aligned(), |advice| match hint {
+                Hint::ReadMostly(on) => advice.read_mostly = on,
+                Hint::PreferredLocation(location) => {
+                    advice.preferred = location.map(|l| match l {
+                        Location::Host => None,
+                        Location::Device(device) => Some(device),
+                    });
+                }
+            });
+            Ok(())
+        })
+    }
+
+    /// The hints that hold at `addr`.
+    pub fn advice(&self, addr: u64) -> Result<Advice> {
+        self.call(move |svm| Ok(svm.advices.at(addr)))
+    }
+
+    /// Begins a use of `accesses` by `device` (for work usvm does not launch itself): they are on the device or mapped,
+    /// and stay so until [`Runtime::end_access`] with what this gives.
+    pub fn begin_access(&self, device: u32, accesses: &[Access]) -> Result<Bracket> {
+        let dev = self.device(device)?;
+        check_working_set(dev.info(), accesses)?;
+        let accesses = alloc::internal(|| accesses.to_vec());
+        let inner = self.inner();
+        inner.check()?;
+        let (svm, owner) = (inner.svm.clone(), inner.clone());
+        inner.control.call(move || {
+            let held = hold(&svm, device, &accesses)?;
+            let mut brackets = owner.brackets.lock().unwrap_or_else(|p| p.into_inner());
+            let index = brackets.iter().position(Vec::is_empty).unwrap_or(brackets.len());
+            if index == brackets.len() {
+                brackets.push(Vec::new());
+            }
+            if let Some(slot) = brackets.get_mut(index) {
+                *slot = held;
+            }
+            Ok(Bracket(index))
+        })
+    }
+
+    /// Ends what [`Runtime::begin_access`] began.
+    pub fn end_access(&self, bracket: Bracket) -> Result<()> {
+        let inner = self.inner();
+        let (svm, owner) = (inner.svm.clone(), inner.clone());
+        inner.control.call(move || {
+            let held = {
+                let mut brackets = owner.brackets.lock().unwrap_or_else(|p| p.into_inner());
+                brackets.get_mut(bracket.0).map(std::mem::take).unwrap_or_default()
+            };
+            svm.release(&held);
+            Ok(())
+        })
+    }
+
+    /// Where the memory of `[addr, addr + len)` is now.
+    pub fn residence(&self, addr: u64, len: u64) -> Result<Residence> {
+        self.call(move |svm| Ok(svm.residence(Span::sized(addr, len).page_aligned())))
+    }
+
+    /// Takes the policy called `name` from now on.
+    pub fn set_policy(&self, name: &str) -> Result<()> {
+        let name = alloc::internal(|| name.to_owned());
+        self.call(move |svm| svm.mover.set_policy(policy::by_name(&name)?))
+    }
+
+    fn call<T: Send + Sync + 'static>(&self, f: impl FnOnce(&Svm) -> Result<T> + Send + 'static) -> Result<T> {
+        let inner = self.inner();
+        inner.check()?;
+        let svm = inner.svm.clone();
+        inner.control.call(move || f(&svm))
+    }
+
+    /// The statistics now.
+    pub fn stats(&self) -> StatsSnapshot {
+        let inner = self.inner();
+        let mut snapshot = inner.observer.stats.snapshot();
+        (snapshot.flips, snapshot.flip_fallbacks) = inner.host.flip_counts();
+        snapshot
+    }
+
+    /// Sets the counters to zero; the gauges stay.
+    pub fn reset_stats(&self) {
+        self.inner().observer.stats.reset();
+    }
+
+    /// The parts, for benchmarks and tests that look inside.
+    pub fn svm(&self) -> &Arc<Svm> {
+        &self.inner().svm
+    }
+
+    /// Runs `f` on a service thread, for benchmarks and tests that look inside.
+    pub fn on_service_thread<T: Send + Sync + 'static>(
+        &self,
+        f: impl FnOnce(&Svm) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        self.call(f)
+    }
+
+    /// A fence that is signalled when `f` has run on a control thread.
+    pub fn defer(&self, f: impl FnOnce(&Svm) -> Result<()> + Send + 'static) -> Fence {
+        let svm = self.inner().svm.clone();
+        self.inner().control.submit(move || f(&svm))
+    }
+
+    /// Brings everything home and ends. Later calls get [`Error::NotRunning`].
+    pub fn shutdown(&self) {
+        self.inner().shutdown();
+    }
+}
+
+impl fmt::Debug for Runtime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Runtime").field("devices", &self.devices()).finish_non_exhaustive()
+    }
+}
+
+/// A begun use of memory by a device.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use = "memory stays held until end_access"]
+pub struct Bracket(usize);
+
+/// Refuses at once what can never be held at one time, with both sizes.
+fn check_working_set(info: &DeviceInfo, accesses: &[Access]) -> Result<()> {
+    if let Some(bad) = accesses.iter().find(|a| a.len == 0 || a.addr.checked_add(a.len).is_none()) {
+        return Err(Error::Invalid {
+            argument: "accesses",
+            reason: format!("{:#x} + {:#x} is empty or wraps around", bad.addr, bad.len),
+        });
+    }
+    let mut spans: Vec<Span> = accesses.iter().map(|a| Span::sized(a.addr, a.len).page_aligned()).collect();
+    spans.sort_unstable();
+    let mut end = 0;
+    let needed: u64 = spans
+        .iter()
+        .map(|s| {
+            let fresh = s.end.saturating_sub(s.start.max(end));
+            end = end.max(s.end);
+            fresh
+        })
+        .sum();
+    if needed > info.vram_bytes && !info.recoverable_faults {
+        return Err(Error::OutOfDeviceMemory { needed, capacity: info.vram_bytes, busy: 0 });
+    }
+    Ok(())
+}
+
+/// Holds all of `accesses` on the device, or none of them.
+fn hold(svm: &Svm, device: u32, accesses: &[Access]) -> Result<Vec<Arc<Range>>> {
+    let mut held = Vec::new();
+    for a in accesses {
+        match svm.gpu_access_holding(device, a.addr, a.len, Want::launch(a.access), &held) {
+            Ok(more) => held.extend(more),
+            Err(e) => {
+                svm.release(&held);
+                return Err(e);
+            }
+        }
+    }
+    Ok(held)
+}
