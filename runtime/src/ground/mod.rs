@@ -3,6 +3,7 @@
 //! Everything above stands on these rooms and they stand on none of the others.
 
 pub mod addr;
+pub mod config;
 pub mod error;
 pub mod inject;
 pub mod sync;
