@@ -203,7 +203,7 @@ impl Kind for Size {
 
     fn write(value: &u64) -> String {
         let units = [(40, "T"), (30, "G"), (20, "M"), (10, "K")];
-        let whole = units.iter().find(|(shift, _)| *value >= 1 << shift && value % (1 << shift) == 0);
+        let whole = units.iter().find(|(shift, _)| *value >= 1 << shift && value.is_multiple_of(1 << shift));
         whole.map_or_else(|| value.to_string(), |(shift, unit)| format!("{}{unit}", value >> shift))
     }
 }

@@ -150,7 +150,7 @@ unsafe fn from_wc<L: Lane>(dst: *mut u8, src: *const u8, len: usize) {
         _mm_mfence();
         plain_copy(dst, src, head);
         let (mut to, mut from) = (dst.add(head), src.add(head));
-        let aligned = to as usize % LINE == 0;
+        let aligned = (to as usize).is_multiple_of(LINE);
         for _ in 0..steps {
             let mut vectors = [L::zero(); MOST];
             for (i, v) in vectors.iter_mut().take(STEP / L::BYTES).enumerate() {
