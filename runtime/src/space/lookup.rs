@@ -54,7 +54,7 @@ impl<R: Default> Space<R> {
     /// No notifier is left behind.
     pub fn find_or_insert(
         &self,
-        aspace: &impl AddressSpace,
+        aspace: &(impl AddressSpace + ?Sized),
         addr: u64,
         gpuva: Span,
         ctx: &Ctx,
@@ -81,7 +81,7 @@ impl<R: Default> Space<R> {
     #[cold]
     fn insert(
         &self,
-        aspace: &impl AddressSpace,
+        aspace: &(impl AddressSpace + ?Sized),
         request: &Request<'_>,
         vma: &Vma,
         before: u64,
@@ -167,7 +167,7 @@ impl<R: Default> Space<R> {
 }
 
 /// The mapping at `addr`, if the device may use it as `ctx` asks.
-fn usable_vma(aspace: &impl AddressSpace, addr: u64, ctx: &Ctx) -> Result<Vma> {
+fn usable_vma(aspace: &(impl AddressSpace + ?Sized), addr: u64, ctx: &Ctx) -> Result<Vma> {
     let vma = aspace.find_vma(addr)?.filter(|vma| vma.span.contains(addr));
     let vma = vma.ok_or(Error::NoVma { addr })?;
     if vma.kind == VmaKind::Special {

@@ -10,6 +10,8 @@
 //! - [`invalidate`]: what happens to ranges when the process's mappings change, and the garbage collector.
 //! - [`pages`]: what a range's pages are, and when that knowledge holds.
 //! - [`timeslice`]: how long a range stays on the device.
+//! - [`residency`]: where each page of a range is; [`mover`]: the moves between the places; [`svm`]: what serves device
+//!   accesses, CPU faults and changes of the mappings with all of the above.
 //! - [`ports`]: what the floors above do for the space.
 //!
 //! The upper floors attach their own state to each range: the `R` of `Space<R>`.
@@ -42,11 +44,14 @@
 pub mod chunk;
 pub mod invalidate;
 mod lookup;
+pub mod mover;
 pub mod notifier;
 pub mod pages;
 pub mod ports;
 mod primitive;
 pub mod range;
+pub mod residency;
+pub mod svm;
 pub mod timeslice;
 mod tree;
 

@@ -548,7 +548,7 @@ impl Mover {
     pub fn bind(&self, range: &Arc<Range>, state: &mut State, device: u32, access: GpuAccess) -> Result<RangeFlags> {
         let span = range.span();
         let bit = 1u32 << device;
-        let backing = match &mut state.moved {
+        let backing = match state.moved.as_deref_mut() {
             Some(m) if !m.strayed.is_empty() || !m.dead.is_empty() => return Err(Error::Gone { addr: span.start }),
             Some(m) if !m.vram.is_empty() => {
                 if m.vram.count() != span.pages() || m.device != device {

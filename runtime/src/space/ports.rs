@@ -105,6 +105,12 @@ pub trait HostMemory: AddressSpace {
     /// Takes `span` from under userfaultfd and wakes whoever waits in it. Missing pages become the kernel's to serve.
     fn unregister(&self, span: Span);
 
+    /// `span` was unmapped: its registration went with it.
+    fn forget(&self, span: Span);
+
+    /// mremap took `[from, from + len)` to `to`, and its registration along.
+    fn moved(&self, from: u64, to: u64, len: u64);
+
     /// Whether all of `span` lies in mappings registered with this runtime's userfaultfd. False tells that the old
     /// mapping was unmapped and a new one stands in its place.
     fn is_registered(&self, span: Span) -> bool;

@@ -1,1 +1,3 @@
 //! The vram floor.
+
+pub mod copy;
