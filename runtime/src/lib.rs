@@ -12,7 +12,14 @@ pub mod ground;
 pub mod host;
 pub mod observe;
 pub mod policy;
+pub mod runtime;
 pub mod space;
 pub mod vram;
 
 pub use ground::alloc::Routed;
+pub use ground::config::Config;
+pub use ground::error::{Error, Result};
+pub use ground::sync::Fence;
+pub use runtime::{Access, Bracket, Builder, Hint, Location, Runtime};
+pub use space::ports::GpuAccess;
+pub use space::residency::Residence;

@@ -84,6 +84,18 @@ pub enum Error {
         /// What the device said.
         reason: String,
     },
+    /// EFAULT: work touched an address that the device has no mapping for and nobody could make one. That work ended
+    /// there, as a hang ends a context; the device goes on.
+    #[error(
+        "the device has no mapping for a {access} at {addr:#x} and cannot wait for one: make it resident before the \
+         launch (usvm_begin_access), or use a device with recoverable faults"
+    )]
+    DeviceFault {
+        /// The address the work touched.
+        addr: u64,
+        /// How: load, store or atomic.
+        access: &'static str,
+    },
     /// EOPNOTSUPP: the device or the kernel cannot do this.
     #[error("not supported: {0}")]
     NotSupported(String),
@@ -115,7 +127,7 @@ impl Error {
             Error::NoVma { .. } => libc::ENOENT,
             Error::NotWritable { .. } => libc::EPERM,
             Error::OutsideSpace { .. } | Error::Invalid { .. } => libc::EINVAL,
-            Error::Gone { .. } => libc::EFAULT,
+            Error::Gone { .. } | Error::DeviceFault { .. } => libc::EFAULT,
             Error::Mixed { .. } | Error::NotSupported(_) => libc::EOPNOTSUPP,
             Error::Busy { .. } => libc::EBUSY,
             Error::Again { .. } => libc::EAGAIN,

@@ -175,7 +175,7 @@ fn start(builder: Builder) -> Result<Runtime> {
     exempt::exempt_own_objects();
 
     let devices = if devices.is_empty() { vec![device_of(&config)?] } else { devices };
-    let host = Arc::new(Host::new(options)?);
+    let host = Arc::new(Host::open(&options)?);
     alloc::spans().into_iter().filter(|s| !s.is_empty()).for_each(exempt::exempt);
     let devices = devices.into_iter().map(SimDevice::new).collect::<Result<Vec<_>>>()?;
     let observer = Arc::new(Observer::new());
@@ -229,16 +229,19 @@ fn publish(inner: &Arc<Inner>) -> Result<()> {
 
 /// The device that the configuration names.
 fn device_of(config: &Config) -> Result<SimConfig> {
-    let profile = match config.device.split_once(':') {
-        None if config.device == "sim" || config.device == "auto" => Profile::by_name("generic")?,
-        Some(("sim", name)) => Profile::by_name(name)?,
-        _ => {
-            return Err(Error::Invalid {
-                argument: "USVM_DEVICE",
-                reason: format!("{:?} is not sim, sim:PROFILE or auto; DRM devices are not supported yet", config.device),
-            });
-        }
+    let named = match config.device.split_once(':') {
+        None if config.device == "sim" || config.device == "auto" => Some(Profile::GENERIC),
+        Some(("sim", name)) => Profile::named(name),
+        _ => None,
     };
+    let profile = named.ok_or_else(|| Error::Invalid {
+        argument: "USVM_DEVICE",
+        reason: format!(
+            "{:?} is not auto, sim or sim:PROFILE with one of {}; DRM devices are not supported yet",
+            config.device,
+            Profile::ALL.map(|p| p.name).join(", ")
+        ),
+    })?;
     Ok(SimConfig {
         profile,
         vram_bytes: config.vram.unwrap_or(SimConfig::default().vram_bytes),
@@ -314,7 +317,7 @@ impl Inner {
         if let Err(e) = self.svm.collect_garbage() {
             tracing::debug!("garbage stays for now: {e}");
         }
-        let allowed = self.config.retained.unwrap_or(u64::MAX).min(self.host.allowed_retained());
+        let allowed = self.config.retained.unwrap_or(u64::MAX).min(self.host.allowed_retained(self.svm.mover.retained_bytes()));
         if self.svm.mover.retained_bytes() > allowed {
             self.svm.shrink(allowed);
         }
@@ -426,7 +429,6 @@ fn in_child() {
     let mut had_one = false;
     with_current(|inner| {
         inner.state.store(IN_A_CHILD, Ordering::Release);
-        inner.host.close_in_child();
         had_one = true;
     });
     if had_one {
