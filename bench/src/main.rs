@@ -55,11 +55,14 @@ struct Micro {
     /// Cases to measure; all when none is named.
     names: Vec<String>,
     /// Samples of each case and of its baseline.
-    #[arg(long, short = 'n', default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, short = 'n', default_value_t = 320, value_parser = clap::value_parser!(u32).range(1..))]
     samples: u32,
-    /// Samples taken and thrown away first.
-    #[arg(long, default_value_t = 20)]
-    warm_up: u32,
+    /// Samples of a case, then of its baseline, in one turn.
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..))]
+    burst: u32,
+    /// Samples at the begin of each turn that are thrown away.
+    #[arg(long, default_value_t = 16)]
+    settle: u32,
     /// How to copy: avx512, avx2, sse2 or portable; the fastest the processor has when not given.
     #[arg(long, value_name = "KIND")]
     copy: Option<CopyKind>,
@@ -100,7 +103,7 @@ fn run_micro(micro: &Micro) -> case::Result<ExitCode> {
         None => Copier::detect(),
         Some(kind) => Copier::with(kind).ok_or_else(|| format!("this processor has no {kind}"))?,
     };
-    let plan = harness::Plan { warm_up: micro.warm_up, samples: micro.samples };
+    let plan = harness::Plan { samples: micro.samples, burst: micro.burst, settle: micro.settle };
     let mut report = Report::new(report::git_revision());
     for mut case in chosen(cases::all(copier), &micro.names)? {
         progress(case.name());

@@ -13,9 +13,9 @@ use std::ptr::null_mut;
 
 /// Bytes in a slot: the largest range.
 pub const SLOT: usize = 2 << 20;
-/// Slots in use by one buffer: two buffers together are larger than the last-level cache of a usual machine's share, so
-/// that a copy finds its memory in DRAM as a migration would.
-pub const COUNT: usize = 10;
+/// Slots in a buffer. Two buffers are larger together than the last-level cache's share of a usual machine, so that a copy
+/// finds its memory in DRAM, as a migration would.
+pub const COUNT: usize = 16;
 
 /// What is behind a buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,7 +60,7 @@ impl Slots {
                 madvise(first.cast(), len, Advice::LinuxHugepage)?;
             }
             for at in 0..len {
-                first.add(at).write((at * 31 >> 8) as u8 | 1);
+                first.add(at).write(((at * 31) >> 8) as u8 | 1);
             }
         }
         Ok(slots)

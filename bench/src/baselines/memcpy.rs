@@ -21,12 +21,7 @@ impl Memcpy2m {
 
     /// Huge pages on both sides.
     pub fn new() -> Result<Self> {
-        Self::between(Pages::Huge, Pages::Huge)
-    }
-
-    /// Any pages on either side.
-    pub fn between(from: Pages, to: Pages) -> Result<Self> {
-        Ok(Self { from: Slots::new(from)?, to: Slots::new(to)? })
+        Ok(Self { from: Slots::new(Pages::Huge)?, to: Slots::new(Pages::Huge)? })
     }
 
     /// One copy; microseconds.
