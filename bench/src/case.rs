@@ -31,6 +31,11 @@ pub trait Case {
     /// Name of the baseline, `None` for a case that is a baseline itself.
     fn baseline(&self) -> Option<&'static str>;
 
+    /// The most samples that make sense: few for a case whose single sample is long.
+    fn at_most(&self) -> u32 {
+        u32::MAX
+    }
+
     /// Gets everything ready and warm.
     fn setup(&mut self) -> Result<Setup>;
 

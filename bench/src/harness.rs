@@ -30,6 +30,9 @@ struct Samples {
 
 /// Measures one case.
 pub fn measure(case: &mut dyn Case, plan: Plan) -> Result<Outcome> {
+    // A case that takes few samples makes long ones, which settle by themselves.
+    let few = Plan { samples: plan.samples.min(case.at_most()), burst: 1, settle: 0 };
+    let plan = if case.at_most() == u32::MAX { plan } else { few };
     let failed = |name: &str, e| format!("{name}: {e}");
     let name = case.name();
     if let Setup::Skip(why) = case.setup().map_err(|e| failed(name, e))? {

@@ -22,6 +22,10 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use usvm::vram::copy::{Copier, CopyKind};
 
+/// usvm's own memory must not be migratable.
+#[global_allocator]
+static ALLOC: usvm::Routed<std::alloc::System> = usvm::Routed(std::alloc::System);
+
 /// Nothing could be measured here.
 const SKIPPED: u8 = 77;
 

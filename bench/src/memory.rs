@@ -22,6 +22,8 @@ pub const COUNT: usize = 16;
 pub enum Pages {
     /// Anonymous memory in huge pages, if the kernel grants them.
     Huge,
+    /// Anonymous memory in 4 KiB pages.
+    Small,
     /// A shared mapping of a memfd in 4 KiB pages: what the simulated device's memory is.
     Memfd,
 }
@@ -32,19 +34,27 @@ pub struct Slots {
     mapping: *mut c_void,
     mapped: usize,
     first: *mut u8,
+    count: usize,
     next: usize,
 }
 
 impl Slots {
     /// Maps and warms a buffer.
     pub fn new(pages: Pages) -> Result<Self> {
-        let len = COUNT * SLOT;
+        Self::many(pages, COUNT)
+    }
+
+    /// Maps and warms a buffer of `count` slots.
+    pub fn many(pages: Pages, count: usize) -> Result<Self> {
+        let len = count * SLOT;
         let mapped = len + SLOT;
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: new mappings at addresses of the kernel's choice disturb nobody.
         let mapping = unsafe {
             match pages {
-                Pages::Huge => mmap_anonymous(null_mut(), mapped, protection, MapFlags::PRIVATE)?,
+                Pages::Huge | Pages::Small => {
+                    mmap_anonymous(null_mut(), mapped, protection, MapFlags::PRIVATE)?
+                }
                 Pages::Memfd => {
                     let file = memfd_create("usvm-bench", MemfdFlags::CLOEXEC)?;
                     ftruncate(&file, mapped as u64)?;
@@ -53,11 +63,14 @@ impl Slots {
             }
         };
         let first = mapping.cast::<u8>().wrapping_add(mapping.cast::<u8>().align_offset(SLOT));
-        let slots = Self { mapping, mapped, first, next: 0 };
+        let slots = Self { mapping, mapped, first, count, next: 0 };
         // SAFETY: the `len` bytes from `first` lie in the mapping just made.
         unsafe {
             if pages == Pages::Huge {
                 madvise(first.cast(), len, Advice::LinuxHugepage)?;
+            }
+            if pages == Pages::Small {
+                madvise(first.cast(), len, Advice::LinuxNoHugepage)?;
             }
             for at in 0..len {
                 first.add(at).write(((at * 31) >> 8) as u8 | 1);
@@ -68,8 +81,18 @@ impl Slots {
 
     /// The next slot, round and round.
     pub fn next(&mut self) -> *mut u8 {
-        self.next = (self.next + 1) % COUNT;
+        self.next = (self.next + 1) % self.count;
+        self.current()
+    }
+
+    /// The slot that [`Slots::next`] gave last.
+    pub fn current(&self) -> *mut u8 {
         self.first.wrapping_add(self.next * SLOT)
+    }
+
+    /// The first slot; the others follow it.
+    pub fn base(&self) -> *mut u8 {
+        self.first
     }
 }
 

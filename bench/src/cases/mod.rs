@@ -2,6 +2,9 @@
 
 mod bare;
 mod copy;
+mod migrate;
+mod space;
+mod untouched;
 mod zero;
 
 use crate::case::Case;
@@ -12,6 +15,9 @@ pub fn all(copier: Copier) -> Vec<Box<dyn Case>> {
     let mut cases = bare::all();
     cases.extend(copy::all(copier));
     cases.extend(zero::all(copier));
+    cases.extend(migrate::all());
+    cases.extend(space::all());
+    cases.extend(untouched::all());
     cases
 }
 

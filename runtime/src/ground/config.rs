@@ -352,7 +352,7 @@ macro_rules! row {
 pub static OPTIONS: &[OptionRow] = &[
     row!(enable, Some("USVM_ENABLE"), Bool, default "on", "off: usvm stays out of the program"),
     row!(device, Some("USVM_DEVICE"), Device, default "auto", "the device to mirror memory on"),
-    row!(policy, Some("USVM_POLICY"), Text, default "default", "the migration policy"),
+    row!(policy, Some("USVM_POLICY"), Text, default "adaptive", "the migration policy"),
     row!(vram, Some("USVM_VRAM"), Size, or "auto", "bytes of device memory to use"),
     row!(verbose, Some("USVM_VERBOSE"), Bool, default "off", "print version and configuration at start"),
     row!(show_stats, Some("USVM_SHOW_STATS"), Bool, default "off", "print the statistics at exit"),

@@ -113,7 +113,8 @@ impl Channel {
 
     /// Whether messages wait to be read.
     pub fn has_messages(&self) -> bool {
-        sys::poll2([self.uffd.as_fd(), self.wake.as_fd()], Some(Duration::ZERO)).is_ok_and(|[messages, _]| messages)
+        sys::poll2([self.uffd.as_fd(), self.wake.as_fd()], Some(Duration::ZERO))
+            .is_ok_and(|[messages, _]| messages)
     }
 
     /// Makes [`Channel::poll`] return, now or the next time. Any thread; takes no lock.

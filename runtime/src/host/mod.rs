@@ -42,8 +42,8 @@ mod sys;
 mod vma;
 
 use self::budget::Budget;
-use self::features::{Features, Report};
 pub use self::features::Options;
+use self::features::{Features, Report};
 use self::message::{Channel, Message, Ready};
 use self::pagemap::Pagemap;
 use self::pool::{Ground, Pool};

@@ -211,7 +211,12 @@ impl Service {
         faults.sort_unstable();
         faults.dedup();
         let mut queue = self.queue();
-        queue.extend(faults.into_iter().map(|addr| Fault { addr, arrived, not_before: arrived, attempts: 0 }));
+        queue.extend(faults.into_iter().map(|addr| Fault {
+            addr,
+            arrived,
+            not_before: arrived,
+            attempts: 0,
+        }));
         drop(queue);
         read.map(|_| any)
     }

@@ -69,7 +69,10 @@ impl Control {
     }
 
     /// Runs `f` on a control thread and waits for what it gives. On a thread of usvm it runs right here.
-    pub(super) fn call<T: Send + Sync + 'static>(&self, f: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    pub(super) fn call<T: Send + Sync + 'static>(
+        &self,
+        f: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<T> {
         if alloc::is_service_thread() {
             return f();
         }

@@ -189,9 +189,14 @@ fn start(builder: Builder) -> Result<Runtime> {
     let svm = Arc::new(Svm::new(space, mover, CHECK_PAGES_THRESHOLD));
     let service = {
         let (filled, host_of_child) = (svm.clone(), host.clone());
-        Arc::new(Service::new(host.clone(), svm.clone(), Duration::from_micros(config.spin_us), move |child| {
-            filled.for_child(|span, pages, shadow| host_of_child.fill_child(&child, span, shadow, pages));
-        }))
+        Arc::new(Service::new(
+            host.clone(),
+            svm.clone(),
+            Duration::from_micros(config.spin_us),
+            move |child| {
+                filled.for_child(|span, pages, shadow| host_of_child.fill_child(&child, span, shadow, pages));
+            },
+        ))
     };
     let barrier = Arc::downgrade(&service);
     svm.set_barrier(Arc::new(move || {
@@ -317,7 +322,11 @@ impl Inner {
         if let Err(e) = self.svm.collect_garbage() {
             tracing::debug!("garbage stays for now: {e}");
         }
-        let allowed = self.config.retained.unwrap_or(u64::MAX).min(self.host.allowed_retained(self.svm.mover.retained_bytes()));
+        let allowed = self
+            .config
+            .retained
+            .unwrap_or(u64::MAX)
+            .min(self.host.allowed_retained(self.svm.mover.retained_bytes()));
         if self.svm.mover.retained_bytes() > allowed {
             self.svm.shrink(allowed);
         }
@@ -476,7 +485,11 @@ impl Runtime {
     /// addresses; what it captured by value travels with it. The fence carries its error.
     ///
     /// On a device without recoverable faults nothing is mapped for it: use [`Runtime::launch_with`].
-    pub fn launch(&self, device: u32, kernel: impl FnOnce(&mut Gpu<'_>) -> Result<()> + Send + 'static) -> Fence {
+    pub fn launch(
+        &self,
+        device: u32,
+        kernel: impl FnOnce(&mut Gpu<'_>) -> Result<()> + Send + 'static,
+    ) -> Fence {
         self.launch_with(device, &[], kernel)
     }
 
@@ -621,7 +634,10 @@ impl Runtime {
         self.call(move |svm| svm.mover.set_policy(policy::by_name(&name)?))
     }
 
-    fn call<T: Send + Sync + 'static>(&self, f: impl FnOnce(&Svm) -> Result<T> + Send + 'static) -> Result<T> {
+    fn call<T: Send + Sync + 'static>(
+        &self,
+        f: impl FnOnce(&Svm) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
         let inner = self.inner();
         inner.check()?;
         let svm = inner.svm.clone();

@@ -25,7 +25,10 @@ pub(super) fn run(runtime: &Weak<Inner>) {
         }
         let dead = thread::dead();
         if !dead.is_empty() {
-            tracing::error!("service threads died: {}; bringing all memory home and withdrawing", dead.join(", "));
+            tracing::error!(
+                "service threads died: {}; bringing all memory home and withdrawing",
+                dead.join(", ")
+            );
             runtime.withdraw();
             return;
         }

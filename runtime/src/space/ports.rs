@@ -330,6 +330,8 @@ pub struct Facts<'a> {
     pub device: u32,
     /// What the program advised.
     pub advice: Advice,
+    /// For a CPU access: bytes right before it, and of the same range, that came back during this visit.
+    pub sequential: u64,
     /// What happened before.
     pub history: &'a History,
 }

@@ -195,7 +195,13 @@ impl Svm {
         }
     }
 
-    fn gpu_access_one(&self, device: u32, addr: u64, want: Want, own: [&[Arc<Range>]; 2]) -> Result<Arc<Range>> {
+    fn gpu_access_one(
+        &self,
+        device: u32,
+        addr: u64,
+        want: Want,
+        own: [&[Arc<Range>]; 2],
+    ) -> Result<Arc<Range>> {
         let started = Instant::now();
         let mut busy = 0;
         let mut remote = false;
@@ -206,7 +212,8 @@ impl Svm {
             }
             self.barrier();
             let seen = self.mover.released().generation();
-            let result = self.collect_garbage().and_then(|()| self.try_gpu_access(device, addr, want, remote));
+            let result =
+                self.collect_garbage().and_then(|()| self.try_gpu_access(device, addr, want, remote));
             let error = match result {
                 Ok(Some(range)) => {
                     if want.cause == Cause::GpuAccess {
@@ -228,7 +235,9 @@ impl Svm {
                     self.mover.host.unshare(span, &PageMask::first(span.pages()));
                     back_off(attempt);
                 }
-                Error::Busy { .. } if may_be_remote(want, self.mover.device(device).info().system_atomics) => {
+                Error::Busy { .. }
+                    if may_be_remote(want, self.mover.device(device).info().system_atomics) =>
+                {
                     remote = true;
                 }
                 Error::OutOfHostMemory { .. } if !remote && want.access != GpuAccess::Atomic => {
@@ -238,7 +247,8 @@ impl Svm {
                 Error::OutOfDeviceMemory { needed, capacity, busy } => {
                     let since = *full_since.get_or_insert_with(Instant::now);
                     if since.elapsed() > PIN_PATIENCE || !self.others_hold_memory(device, own) {
-                        let needed = needed + own.iter().copied().flatten().map(|r| r.span().len()).sum::<u64>();
+                        let needed =
+                            needed + own.iter().copied().flatten().map(|r| r.span().len()).sum::<u64>();
                         return Err(Error::OutOfDeviceMemory { needed, capacity, busy });
                     }
                     self.mover.released().wait(seen, Duration::from_millis(2));
@@ -252,7 +262,10 @@ impl Svm {
     /// Whether some range on the device may still be given up by somebody else: pinned by work that will end, or in
     /// another thread's hands.
     fn others_hold_memory(&self, device: u32, own: [&[Arc<Range>]; 2]) -> bool {
-        self.mover.by_use(device).iter().any(|range| !own.iter().copied().flatten().any(|mine| Arc::ptr_eq(mine, range)))
+        self.mover
+            .by_use(device)
+            .iter()
+            .any(|range| !own.iter().copied().flatten().any(|mine| Arc::ptr_eq(mine, range)))
     }
 
     /// One try. `None`: the mappings changed meanwhile.
@@ -284,10 +297,12 @@ impl Svm {
         };
         match placement {
             Placement::Migrate => mover.to_device(&range, &mut state, device, want.cause)?,
-            Placement::Share if state.is_home() => match mover.share(&range, &mut state, device, want.cause) {
-                Err(Error::NotSupported(_)) => mover.to_device(&range, &mut state, device, want.cause)?,
-                other => other?,
-            },
+            Placement::Share if state.is_home() => {
+                match mover.share(&range, &mut state, device, want.cause) {
+                    Err(Error::NotSupported(_)) => mover.to_device(&range, &mut state, device, want.cause)?,
+                    other => other?,
+                }
+            }
             Placement::Share => mover.to_device(&range, &mut state, device, want.cause)?,
             Placement::Remote => self.settle_for_remote(&range, &mut state, device, want)?,
         }
@@ -326,13 +341,20 @@ impl Svm {
             bracketed: want.bracketed,
             device,
             advice: self.advices.at(range.span().start),
+            sequential: 0,
             history: &history,
         };
         self.mover.placement(&facts, migratable)
     }
 
     /// Remote access needs the truth with the application; device-resident truth of this device may stay.
-    fn settle_for_remote(&self, range: &Arc<Range>, state: &mut State, device: u32, want: Want) -> Result<()> {
+    fn settle_for_remote(
+        &self,
+        range: &Arc<Range>,
+        state: &mut State,
+        device: u32,
+        want: Want,
+    ) -> Result<()> {
         if want.access == GpuAccess::Atomic && !self.mover.device(device).info().system_atomics {
             return Err(Error::NotSupported(format!(
                 "atomics on {} over the link: it cannot move to device memory (file, shared, pinned or locked memory)",
@@ -424,6 +446,7 @@ impl Svm {
             bracketed: false,
             device: m.device,
             advice: Advice::default(),
+            sequential: m.home_before(span, page),
             history: &m.history,
         };
         match self.mover.policy().cpu_fault(&facts) {
@@ -640,7 +663,9 @@ impl Svm {
     pub fn for_child(&self, mut f: impl FnMut(Span, &PageMask, &crate::space::ports::Shadow)) {
         for range in self.space.ranges_in(Span::new(0, u64::MAX)) {
             let mut state = range.data.lock();
-            if let Err(e) = self.mover.snapshot(&range, &mut state, |pages, shadow| f(range.span(), pages, shadow)) {
+            if let Err(e) =
+                self.mover.snapshot(&range, &mut state, |pages, shadow| f(range.span(), pages, shadow))
+            {
                 tracing::error!(span = %range.span(), "a forked child does not see this memory: {e}");
             }
         }
@@ -653,7 +678,11 @@ impl Svm {
         let result = self.bring_home(everything, Cause::User);
         for range in self.space.clear() {
             let mut state = range.data.lock();
-            if self.mover.to_host(&range, &mut state, &PageMask::first(range.span().pages()), Cause::User).is_ok() {
+            if self
+                .mover
+                .to_host(&range, &mut state, &PageMask::first(range.span().pages()), Cause::User)
+                .is_ok()
+            {
                 self.mover.dissolve(&range, &mut state);
             }
         }

@@ -358,7 +358,8 @@ impl Device for SimDevice {
         let mut done = 0;
         while done < len {
             let piece = (len - done).min(BOUNCE) as usize;
-            let got = system::read(from + done, &mut bounce[..piece]).map_err(|_| Error::Gone { addr: from + done })?;
+            let got = system::read(from + done, &mut bounce[..piece])
+                .map_err(|_| Error::Gone { addr: from + done })?;
             let host = HostPiece::own(&bounce[..got]);
             self.perform(offset + done, got as u64, Action::Upload(host))?;
             done += got as u64;

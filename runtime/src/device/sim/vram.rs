@@ -22,7 +22,7 @@
 
 use crate::ground::error::{Errno, Error, Result};
 use crate::space::ports::Shadow;
-use crate::vram::copy::{CopyHint, CopyPool, Copier};
+use crate::vram::copy::{Copier, CopyHint, CopyPool};
 use rustix::mm::{self, Advice, MapFlags, ProtFlags};
 use std::marker::PhantomData;
 use std::os::fd::AsFd;
