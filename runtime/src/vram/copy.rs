@@ -132,7 +132,7 @@ pub struct Copier {
 
 impl Copier {
     /// Below this many bytes a copy goes through the caches whatever the hint.
-    pub const STREAM_MIN: usize = 16 << 10;
+    pub const STREAM_MIN: usize = 4 << 10;
     /// From this many bytes on [`Copier::copy_threaded`] asks the helpers.
     pub const THREADED_MIN: usize = 1 << 20;
 
@@ -327,7 +327,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn loops_copy_exactly(to in 0..LINE, from in 0..LINE, len in 0usize..40_000, seed: u64) {
+        fn loops_copy_exactly(to in 0..LINE, from in 0..LINE, len in 0usize..100_000, seed: u64) {
             for kind in kinds() {
                 let ops = kind.ops();
                 check_copy(kind.name(), ops.stream, (to, from, len), seed);
@@ -336,7 +336,7 @@ mod tests {
         }
 
         #[test]
-        fn hints_only_hint(to in 0..LINE, len in 0usize..3 * Copier::STREAM_MIN, seed: u64) {
+        fn hints_only_hint(to in 0..LINE, len in 0usize..5 * Copier::STREAM_MIN, seed: u64) {
             for kind in kinds() {
                 let copier = Copier::with(kind).unwrap();
                 for hint in CopyHint::ALL {

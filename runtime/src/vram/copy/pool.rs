@@ -4,7 +4,8 @@
 //! A large copy is cut into chunks. The caller publishes it in a job slot, rings the bell, and then claims and copies
 //! chunks itself like everyone else; helpers that are awake claim chunks too. So a helper that sleeps or is not
 //! scheduled costs the caller nothing but the wake-up call: nobody waits for a helper that has not begun. What the
-//! caller waits for is only chunks that a helper has already claimed.
+//! caller waits for is only chunks that a helper has already claimed. A helper that is descheduled in the middle of one
+//! (the machine is busy) makes the copy late; when that happens, the next copies go without helpers.
 //!
 //! The pool is usvm's own, and not rayon's, for two reasons. A service thread that waits inside rayon steals whatever
 //! task is queued, also the application's when both use the global pool: it would then run foreign code, touch tracked
@@ -45,6 +46,8 @@ const CHUNK: usize = 256 << 10;
 const MOST_CHUNKS: usize = u16::MAX as usize;
 /// How long a caller spins for a helper's last chunk before it sleeps: about two chunks' time.
 const PATIENCE: Duration = Duration::from_micros(30);
+/// Copies that go without helpers after one had to sleep for a helper.
+const ALONE: u32 = 64;
 
 /// One copy under way.
 #[derive(Debug, Default)]
@@ -152,16 +155,18 @@ impl Job {
         any
     }
 
-    /// Returns when all chunks are done, those of helpers too.
-    fn wait(&self, total: u16) {
+    /// Returns when all chunks are done, those of helpers too; tells whether that took more than patience.
+    fn wait(&self, total: u16) -> bool {
         let total = u32::from(total);
         let begin = Instant::now();
         while self.done.load(Acquire) != total {
             if begin.elapsed() >= PATIENCE {
-                return self.wait_asleep(total);
+                self.wait_asleep(total);
+                return true;
             }
             spin();
         }
+        false
     }
 
     fn wait_asleep(&self, total: u32) {
@@ -183,10 +188,22 @@ struct Shared {
     /// Rings with every publication.
     bell: CachePadded<AtomicU32>,
     sleepers: CachePadded<AtomicU32>,
+    /// Copies that still go without helpers.
+    alone: CachePadded<AtomicU32>,
     stop: AtomicBool,
 }
 
 impl Shared {
+    /// A slot for a copy that is to have helpers.
+    fn take_slot(&self) -> Option<&Job> {
+        if self.alone.fetch_update(Relaxed, Relaxed, |left| left.checked_sub(1)).is_ok() {
+            return None;
+        }
+        let free =
+            |job: &&CachePadded<Job>| job.taken.compare_exchange(false, true, Acquire, Relaxed).is_ok();
+        self.jobs.iter().find(free).map(|job| &**job)
+    }
+
     fn ring(&self) {
         self.bell.fetch_add(1, SeqCst);
         let sleepers = self.sleepers.load(SeqCst);
@@ -267,9 +284,7 @@ impl CopyPool {
         len: usize,
         hint: CopyHint,
     ) {
-        let free =
-            |job: &&CachePadded<Job>| job.taken.compare_exchange(false, true, Acquire, Relaxed).is_ok();
-        let slot = if self.helpers.is_empty() { None } else { self.shared.jobs.iter().find(free) };
+        let slot = if self.helpers.is_empty() { None } else { self.shared.take_slot() };
         let Some(job) = slot else {
             // SAFETY: the caller's promise, passed on.
             return unsafe { copier.copy(dst, src, len, hint) };
@@ -277,7 +292,9 @@ impl CopyPool {
         let total = job.publish(copier, dst, src, len, hint);
         self.shared.ring();
         job.work();
-        job.wait(total);
+        if job.wait(total) {
+            self.shared.alone.store(ALONE, Relaxed);
+        }
         job.taken.store(false, Release);
     }
 }
@@ -376,6 +393,27 @@ mod tests {
         pool.shared.ring();
         job.wait(total);
         assert!(dst == src);
+    }
+
+    #[test]
+    fn a_late_helper_is_waited_for_and_then_left_alone() {
+        let shared = Shared::default();
+        let job = shared.take_slot().unwrap();
+        let (src, mut dst) = (pattern(CHUNK, 1), vec![0; CHUNK]);
+        let total = job.publish(Copier::detect(), dst.as_mut_ptr(), src.as_ptr(), CHUNK, CopyHint::ToDevice);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(Duration::from_millis(5));
+                job.work()
+            });
+            assert!(job.wait(total), "that was late");
+        });
+        assert!(dst == src);
+        assert!(!job.wait(total), "nothing to wait for any more");
+
+        shared.alone.store(2, Relaxed);
+        let taken = [(); 3].map(|()| shared.take_slot().is_some());
+        assert_eq!(taken, [false, false, true]);
     }
 
     #[test]
