@@ -19,8 +19,8 @@
 //! differs. (The generation has 32 bits: it would have to wrap exactly within those few instructions.)
 //!
 //! # Limits
-//! After `fork` the child has no helpers; its copies are done by the caller alone, correctly. Slots that were in use by
-//! other threads at the fork stay taken in the child.
+//! After `fork` the child has no helpers; its copies are done by the caller alone, correctly, and dropping its copy of
+//! the pool waits for nobody. Slots that were in use by other threads at the fork stay taken in the child.
 //!
 //! # Safety
 //! Holds raw pointers of a copy between publication and completion; [`CopyPool::run`] does not return before every
@@ -245,6 +245,8 @@ impl Shared {
 pub struct CopyPool {
     shared: Arc<Shared>,
     helpers: Vec<JoinHandle<()>>,
+    /// The process that has the helpers.
+    process: u32,
 }
 
 impl CopyPool {
@@ -253,7 +255,11 @@ impl CopyPool {
 
     /// A pool of `helpers` threads (none is fine: callers then copy alone) that spin for `spin_for` before they sleep.
     pub fn new(helpers: usize, spin_for: Duration) -> io::Result<Self> {
-        let mut pool = Self { shared: Arc::default(), helpers: Vec::with_capacity(helpers) };
+        let mut pool = Self {
+            shared: Arc::default(),
+            helpers: Vec::with_capacity(helpers),
+            process: std::process::id(),
+        };
         for index in 0..helpers {
             let shared = Arc::clone(&pool.shared);
             pool.helpers.push(thread::spawn(&format!("copy{index}"), move || shared.help(spin_for))?);
@@ -301,6 +307,10 @@ impl CopyPool {
 
 impl Drop for CopyPool {
     fn drop(&mut self) {
+        if std::process::id() != self.process {
+            // A forked child: the handles are of threads that are not here, and joining them would wait for ever.
+            return std::mem::forget(std::mem::take(&mut self.helpers));
+        }
         self.shared.stop.store(true, SeqCst);
         self.shared.ring();
         for helper in self.helpers.drain(..) {
@@ -379,6 +389,28 @@ mod tests {
             }
         });
         assert!(pool.shared.jobs.iter().all(|j| !j.taken.load(Acquire)), "every slot was given back");
+    }
+
+    #[test]
+    fn a_forked_child_copies_alone_and_lets_go() {
+        let mut pool = CopyPool::new(2, Duration::ZERO).unwrap();
+        let (src, mut dst) = (pattern(3 * CHUNK, 9), vec![0; 3 * CHUNK]);
+        // SAFETY: the child copies between live buffers, allocates nothing, and leaves by _exit; the alarm ends it if it
+        // hangs.
+        let child = unsafe {
+            let pid = libc::fork();
+            if pid == 0 {
+                libc::alarm(10);
+                pool.run(Copier::detect(), dst.as_mut_ptr(), src.as_ptr(), src.len(), CopyHint::ToDevice);
+                std::ptr::drop_in_place(&mut pool);
+                libc::_exit(if dst == src { 0 } else { 1 });
+            }
+            pid
+        };
+        let mut status = -1;
+        // SAFETY: waits for the child just made; the status is a live integer.
+        assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+        assert_eq!(status, 0, "the child hung, crashed or copied wrongly");
     }
 
     #[test]
