@@ -18,7 +18,7 @@
 use super::latency::Latency;
 use crate::ground::addr::{SZ_2M, SZ_64K};
 use crossbeam_utils::CachePadded;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
@@ -43,7 +43,9 @@ macro_rules! statistics {
         const GAUGES: usize = [$(Gauge::$gvariant),*].len();
 
         /// The statistics at one moment. Times are in microseconds, rounded up.
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+        /// What a file of another version lacks reads as zero.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+        #[serde(default)]
         #[repr(C)]
         pub struct StatsSnapshot {
             /// Bytes of this structure.
@@ -378,6 +380,17 @@ mod tests {
         assert_eq!(got, want);
         assert_eq!(json["size"], size_of::<StatsSnapshot>());
         assert_eq!(size_of::<StatsSnapshot>(), 8 * (NAMES.len() + 2), "no padding");
+    }
+
+    #[test]
+    fn json_reads_back() {
+        let stats = Stats::default();
+        stats.add(Counter::GpuFaults, 4);
+        let taken = stats.snapshot();
+        assert_eq!(serde_json::from_str::<StatsSnapshot>(&taken.to_json()).unwrap(), taken);
+        let foreign = r#"{"version": 9, "gpu_faults": 3, "name_of_tomorrow": 1}"#;
+        let read: StatsSnapshot = serde_json::from_str(foreign).unwrap();
+        assert_eq!((read.version, read.gpu_faults, read.cpu_faults), (9, 3, 0));
     }
 
     #[test]

@@ -17,7 +17,8 @@
 //!
 //! # Limits
 //! Begin times are nanoseconds since the trace was made. A trace is started once; after [`Trace::stop`] it stays off.
-//! After `fork` the child has no writer: its events fill the ring and then count as dropped.
+//! After `fork` the child has no writer: its events fill the ring and then count as dropped, and stopping its copy of the
+//! trace only turns it off.
 
 use super::stats::{Cause, Counter, Direction, Stats};
 use crate::ground::error::{Errno, Error, Result};
@@ -234,7 +235,14 @@ pub struct Trace {
     origin: Instant,
     stats: Arc<Stats>,
     writing: OnceLock<Arc<Writing>>,
-    writer: Mutex<Option<JoinHandle<()>>>,
+    writer: Mutex<Option<Writer>>,
+}
+
+/// The writer thread, and the process that has it.
+#[derive(Debug)]
+struct Writer {
+    handle: JoinHandle<()>,
+    process: u32,
 }
 
 /// The begin of an event that is being measured; nothing when the trace is off.
@@ -287,7 +295,8 @@ impl Trace {
         let (writing, names) = (Arc::clone(writing), devices.to_vec());
         let handle = thread::spawn("trace", move || write_until_stopped(&writing, file, &names))
             .map_err(|e| Error::os("clone", Errno(e.raw_os_error().unwrap_or(libc::EAGAIN))))?;
-        *self.writer.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(handle);
+        *self.writer.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) =
+            Some(Writer { handle, process: std::process::id() });
         self.on.store(true, Release);
         Ok(())
     }
@@ -351,8 +360,15 @@ impl Trace {
     /// Events that other threads record at the same time may miss the file; those before it do not. Idempotent.
     pub fn stop(&self) -> Result<()> {
         self.on.store(false, Release);
-        let handle = self.writer.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
-        let (Some(handle), Some(writing)) = (handle, self.writing.get()) else { return Ok(()) };
+        let writer = self.writer.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
+        let (Some(Writer { handle, process }), Some(writing)) = (writer, self.writing.get()) else {
+            return Ok(());
+        };
+        if process != std::process::id() {
+            // A forked child: the thread is not here, and joining it would wait for ever.
+            std::mem::forget(handle);
+            return Ok(());
+        }
         writing.stop.store(true, Release);
         handle.thread().unpark();
         handle.join().map_err(|_| Error::NotRunning("the trace writer died"))?;
@@ -662,6 +678,29 @@ mod tests {
         assert_eq!(kept + dropped, 50_000);
         assert_eq!(dropped, stats.get(Counter::DroppedEvents));
         assert!(dropped > 0, "four slots cannot hold fifty thousand");
+    }
+
+    #[test]
+    #[allow(unsafe_code)]
+    fn a_forked_child_stops_at_once() {
+        let trace = Trace::new(Arc::default());
+        trace.start(Path::new("/dev/null"), 16, &[]).unwrap();
+        // SAFETY: the child only stops its copy of the trace and leaves by _exit; the alarm ends it if it hangs.
+        let child = unsafe {
+            let pid = libc::fork();
+            if pid == 0 {
+                libc::alarm(10);
+                let stopped = trace.stop().is_ok() && !trace.is_on();
+                libc::_exit(if stopped { 0 } else { 1 });
+            }
+            pid
+        };
+        let mut status = -1;
+        // SAFETY: waits for the child just made; the status is a live integer.
+        assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+        assert_eq!(status, 0, "the child hung or crashed");
+        assert!(trace.is_on(), "the parent's goes on");
+        trace.stop().unwrap();
     }
 
     #[test]

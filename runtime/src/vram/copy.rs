@@ -17,6 +17,7 @@ mod x86;
 
 pub use pool::CopyPool;
 
+use crate::ground::error::{Error, Result};
 use std::fmt;
 use std::str::FromStr;
 
@@ -84,7 +85,7 @@ impl fmt::Display for CopyKind {
 impl FromStr for CopyKind {
     type Err = String;
 
-    fn from_str(s: &str) -> Result<Self, String> {
+    fn from_str(s: &str) -> std::result::Result<Self, String> {
         let known = Self::ALL.into_iter().find(|k| k.name() == s);
         known.ok_or_else(|| format!("`{s}` is not one of portable, sse2, avx2, avx512"))
     }
@@ -132,7 +133,7 @@ pub struct Copier {
 
 impl Copier {
     /// Below this many bytes a copy goes through the caches whatever the hint.
-    pub const STREAM_MIN: usize = 16 << 10;
+    pub const STREAM_MIN: usize = 4 << 10;
     /// From this many bytes on [`Copier::copy_threaded`] asks the helpers.
     pub const THREADED_MIN: usize = 1 << 20;
 
@@ -145,6 +146,16 @@ impl Copier {
     /// This kind, if the processor supports it.
     pub fn with(kind: CopyKind) -> Option<Self> {
         kind.is_supported().then_some(Self { kind })
+    }
+
+    /// What the option `copy` asks for: `auto`, or the name of a kind. Errors: no such name, or not on this processor.
+    pub fn named(name: &str) -> Result<Self> {
+        if name == "auto" {
+            return Ok(Self::detect());
+        }
+        let kind = name.parse().map_err(|reason| Error::Invalid { argument: "copy", reason })?;
+        Self::with(kind)
+            .ok_or_else(|| Error::NotSupported(format!("this processor has no {kind}; use copy=auto")))
     }
 
     /// What was chosen.
@@ -327,7 +338,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn loops_copy_exactly(to in 0..LINE, from in 0..LINE, len in 0usize..40_000, seed: u64) {
+        fn loops_copy_exactly(to in 0..LINE, from in 0..LINE, len in 0usize..100_000, seed: u64) {
             for kind in kinds() {
                 let ops = kind.ops();
                 check_copy(kind.name(), ops.stream, (to, from, len), seed);
@@ -336,7 +347,7 @@ mod tests {
         }
 
         #[test]
-        fn hints_only_hint(to in 0..LINE, len in 0usize..3 * Copier::STREAM_MIN, seed: u64) {
+        fn hints_only_hint(to in 0..LINE, len in 0usize..5 * Copier::STREAM_MIN, seed: u64) {
             for kind in kinds() {
                 let copier = Copier::with(kind).unwrap();
                 for hint in CopyHint::ALL {
@@ -422,6 +433,12 @@ mod tests {
             assert_eq!(CopyHint::from_index(index as u8), hint);
         }
         assert!("avx".parse::<CopyKind>().is_err());
+        assert_eq!(Copier::named("auto").unwrap(), Copier::detect());
+        assert_eq!(Copier::named("portable").unwrap().kind(), CopyKind::Portable);
+        assert_eq!(Copier::named("avx").unwrap_err().errno(), libc::EINVAL);
+        for kind in CopyKind::ALL {
+            assert_eq!(Copier::named(kind.name()).is_ok(), kind.is_supported());
+        }
         assert!(Copier::detect().kind().is_supported());
     }
 }

@@ -4,7 +4,8 @@
 //! A large copy is cut into chunks. The caller publishes it in a job slot, rings the bell, and then claims and copies
 //! chunks itself like everyone else; helpers that are awake claim chunks too. So a helper that sleeps or is not
 //! scheduled costs the caller nothing but the wake-up call: nobody waits for a helper that has not begun. What the
-//! caller waits for is only chunks that a helper has already claimed.
+//! caller waits for is only chunks that a helper has already claimed. A helper that is descheduled in the middle of one
+//! (the machine is busy) makes the copy late; when that happens, the next copies go without helpers.
 //!
 //! The pool is usvm's own, and not rayon's, for two reasons. A service thread that waits inside rayon steals whatever
 //! task is queued, also the application's when both use the global pool: it would then run foreign code, touch tracked
@@ -18,8 +19,8 @@
 //! differs. (The generation has 32 bits: it would have to wrap exactly within those few instructions.)
 //!
 //! # Limits
-//! After `fork` the child has no helpers; its copies are done by the caller alone, correctly. Slots that were in use by
-//! other threads at the fork stay taken in the child.
+//! After `fork` the child has no helpers; its copies are done by the caller alone, correctly, and dropping its copy of
+//! the pool waits for nobody. Slots that were in use by other threads at the fork stay taken in the child.
 //!
 //! # Safety
 //! Holds raw pointers of a copy between publication and completion; [`CopyPool::run`] does not return before every
@@ -45,6 +46,8 @@ const CHUNK: usize = 256 << 10;
 const MOST_CHUNKS: usize = u16::MAX as usize;
 /// How long a caller spins for a helper's last chunk before it sleeps: about two chunks' time.
 const PATIENCE: Duration = Duration::from_micros(30);
+/// Copies that go without helpers after one had to sleep for a helper.
+const ALONE: u32 = 64;
 
 /// One copy under way.
 #[derive(Debug, Default)]
@@ -152,16 +155,18 @@ impl Job {
         any
     }
 
-    /// Returns when all chunks are done, those of helpers too.
-    fn wait(&self, total: u16) {
+    /// Returns when all chunks are done, those of helpers too; tells whether that took more than patience.
+    fn wait(&self, total: u16) -> bool {
         let total = u32::from(total);
         let begin = Instant::now();
         while self.done.load(Acquire) != total {
             if begin.elapsed() >= PATIENCE {
-                return self.wait_asleep(total);
+                self.wait_asleep(total);
+                return true;
             }
             spin();
         }
+        false
     }
 
     fn wait_asleep(&self, total: u32) {
@@ -183,10 +188,22 @@ struct Shared {
     /// Rings with every publication.
     bell: CachePadded<AtomicU32>,
     sleepers: CachePadded<AtomicU32>,
+    /// Copies that still go without helpers.
+    alone: CachePadded<AtomicU32>,
     stop: AtomicBool,
 }
 
 impl Shared {
+    /// A slot for a copy that is to have helpers.
+    fn take_slot(&self) -> Option<&Job> {
+        if self.alone.fetch_update(Relaxed, Relaxed, |left| left.checked_sub(1)).is_ok() {
+            return None;
+        }
+        let free =
+            |job: &&CachePadded<Job>| job.taken.compare_exchange(false, true, Acquire, Relaxed).is_ok();
+        self.jobs.iter().find(free).map(|job| &**job)
+    }
+
     fn ring(&self) {
         self.bell.fetch_add(1, SeqCst);
         let sleepers = self.sleepers.load(SeqCst);
@@ -228,6 +245,8 @@ impl Shared {
 pub struct CopyPool {
     shared: Arc<Shared>,
     helpers: Vec<JoinHandle<()>>,
+    /// The process that has the helpers.
+    process: u32,
 }
 
 impl CopyPool {
@@ -236,7 +255,11 @@ impl CopyPool {
 
     /// A pool of `helpers` threads (none is fine: callers then copy alone) that spin for `spin_for` before they sleep.
     pub fn new(helpers: usize, spin_for: Duration) -> io::Result<Self> {
-        let mut pool = Self { shared: Arc::default(), helpers: Vec::with_capacity(helpers) };
+        let mut pool = Self {
+            shared: Arc::default(),
+            helpers: Vec::with_capacity(helpers),
+            process: std::process::id(),
+        };
         for index in 0..helpers {
             let shared = Arc::clone(&pool.shared);
             pool.helpers.push(thread::spawn(&format!("copy{index}"), move || shared.help(spin_for))?);
@@ -267,9 +290,7 @@ impl CopyPool {
         len: usize,
         hint: CopyHint,
     ) {
-        let free =
-            |job: &&CachePadded<Job>| job.taken.compare_exchange(false, true, Acquire, Relaxed).is_ok();
-        let slot = if self.helpers.is_empty() { None } else { self.shared.jobs.iter().find(free) };
+        let slot = if self.helpers.is_empty() { None } else { self.shared.take_slot() };
         let Some(job) = slot else {
             // SAFETY: the caller's promise, passed on.
             return unsafe { copier.copy(dst, src, len, hint) };
@@ -277,13 +298,19 @@ impl CopyPool {
         let total = job.publish(copier, dst, src, len, hint);
         self.shared.ring();
         job.work();
-        job.wait(total);
+        if job.wait(total) {
+            self.shared.alone.store(ALONE, Relaxed);
+        }
         job.taken.store(false, Release);
     }
 }
 
 impl Drop for CopyPool {
     fn drop(&mut self) {
+        if std::process::id() != self.process {
+            // A forked child: the handles are of threads that are not here, and joining them would wait for ever.
+            return std::mem::forget(std::mem::take(&mut self.helpers));
+        }
         self.shared.stop.store(true, SeqCst);
         self.shared.ring();
         for helper in self.helpers.drain(..) {
@@ -365,6 +392,28 @@ mod tests {
     }
 
     #[test]
+    fn a_forked_child_copies_alone_and_lets_go() {
+        let mut pool = CopyPool::new(2, Duration::ZERO).unwrap();
+        let (src, mut dst) = (pattern(3 * CHUNK, 9), vec![0; 3 * CHUNK]);
+        // SAFETY: the child copies between live buffers, allocates nothing, and leaves by _exit; the alarm ends it if it
+        // hangs.
+        let child = unsafe {
+            let pid = libc::fork();
+            if pid == 0 {
+                libc::alarm(10);
+                pool.run(Copier::detect(), dst.as_mut_ptr(), src.as_ptr(), src.len(), CopyHint::ToDevice);
+                std::ptr::drop_in_place(&mut pool);
+                libc::_exit(if dst == src { 0 } else { 1 });
+            }
+            pid
+        };
+        let mut status = -1;
+        // SAFETY: waits for the child just made; the status is a live integer.
+        assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+        assert_eq!(status, 0, "the child hung, crashed or copied wrongly");
+    }
+
+    #[test]
     fn helpers_really_help() {
         let pool = CopyPool::new(1, Duration::from_millis(200)).unwrap();
         let job = &pool.shared.jobs[0];
@@ -376,6 +425,27 @@ mod tests {
         pool.shared.ring();
         job.wait(total);
         assert!(dst == src);
+    }
+
+    #[test]
+    fn a_late_helper_is_waited_for_and_then_left_alone() {
+        let shared = Shared::default();
+        let job = shared.take_slot().unwrap();
+        let (src, mut dst) = (pattern(CHUNK, 1), vec![0; CHUNK]);
+        let total = job.publish(Copier::detect(), dst.as_mut_ptr(), src.as_ptr(), CHUNK, CopyHint::ToDevice);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(Duration::from_millis(5));
+                job.work()
+            });
+            assert!(job.wait(total), "that was late");
+        });
+        assert!(dst == src);
+        assert!(!job.wait(total), "nothing to wait for any more");
+
+        shared.alone.store(2, Relaxed);
+        let taken = [(); 3].map(|()| shared.take_slot().is_some());
+        assert_eq!(taken, [false, false, true]);
     }
 
     #[test]

@@ -17,9 +17,15 @@ use std::arch::x86_64::*;
 
 /// Bytes in one step of a loop: four cache lines.
 const STEP: usize = 4 * LINE;
-/// How far ahead of the loads the source is prefetched. Measured flat from 1 to 3 KiB; less is too late, and more
-/// pushes lines out of L1 before they are used.
+/// How far ahead of the loads the source is prefetched where there is one stream. Measured flat from 1 to 3 KiB.
 const AHEAD: usize = 2048;
+/// Streams that a large copy runs at once. Each has its own hardware prefetcher and its own page walk under way.
+/// Measured: 4 and 8 alike, 2 and 16 slower.
+const STREAMS: usize = 4;
+/// Longest stretch of one stream. Measured: 64 KiB is 3 % slower than 256 KiB and 512 KiB.
+const STRETCH: usize = 512 << 10;
+/// Stretches are whole pages.
+const PAGE: usize = 4096;
 /// Vectors in a step at the smallest width.
 const MOST: usize = STEP / 16;
 
@@ -113,28 +119,47 @@ unsafe fn load_step<L: Lane>(from: *const u8) -> [L; MOST] {
     }
 }
 
-/// Copies with non-temporal stores: head up to a line of the destination, steps, tail.
+/// Copies one step with non-temporal stores; `to` is aligned to a line.
+#[inline(always)]
+unsafe fn stream_step<L: Lane>(to: *mut u8, from: *const u8) {
+    // SAFETY: the caller may write and read STEP bytes, and aligned the destination.
+    unsafe {
+        let vectors = load_step::<L>(from);
+        for (i, v) in vectors.into_iter().take(STEP / L::BYTES).enumerate() {
+            v.store_stream(to.add(i * L::BYTES));
+        }
+    }
+}
+
+/// Copies with non-temporal stores: head up to a line of the destination, rounds of parallel streams, steps, tail.
 #[inline(always)]
 unsafe fn stream<L: Lane>(dst: *mut u8, src: *const u8, len: usize) {
-    let head = to_line(dst, len);
-    let steps = (len - head) / STEP;
-    // SAFETY: the caller gives `len` readable and writable bytes that do not overlap; head, steps and tail partition
-    // them, and after the head the destination is aligned to a line. A prefetch past the end touches nothing.
+    let mut at = to_line(dst, len);
+    // SAFETY: the caller gives `len` readable and writable bytes that do not overlap; head, rounds, steps and tail
+    // partition them. After the head the destination is aligned to a line, and rounds and steps are whole lines. A
+    // prefetch past the end touches nothing.
     unsafe {
-        plain_copy(dst, src, head);
-        let (mut to, mut from) = (dst.add(head), src.add(head));
-        for _ in 0..steps {
-            for line in 0..STEP / LINE {
-                _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(AHEAD + line * LINE).cast());
+        plain_copy(dst, src, at);
+        loop {
+            let stretch = ((len - at) / STREAMS).min(STRETCH) & !(PAGE - 1);
+            if stretch == 0 {
+                break;
             }
-            let vectors = load_step::<L>(from);
-            for (i, v) in vectors.into_iter().take(STEP / L::BYTES).enumerate() {
-                v.store_stream(to.add(i * L::BYTES));
+            for step in (at..at + stretch).step_by(STEP) {
+                for begin in (step..step + STREAMS * stretch).step_by(stretch) {
+                    stream_step::<L>(dst.add(begin), src.add(begin));
+                }
             }
-            to = to.add(STEP);
-            from = from.add(STEP);
+            at += STREAMS * stretch;
         }
-        plain_copy(to, from, len - head - steps * STEP);
+        while len - at >= STEP {
+            for line in 0..STEP / LINE {
+                _mm_prefetch::<_MM_HINT_T0>(src.wrapping_add(at + AHEAD + line * LINE).cast());
+            }
+            stream_step::<L>(dst.add(at), src.add(at));
+            at += STEP;
+        }
+        plain_copy(dst.add(at), src.add(at), len - at);
         _mm_sfence();
     }
 }
