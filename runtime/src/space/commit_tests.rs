@@ -12,7 +12,7 @@ mod primitive {
 }
 
 #[path = "notifier.rs"]
-#[allow(dead_code)]
+#[allow(dead_code, clippy::duplicate_mod)]
 mod notifier;
 
 use crate::ground::addr::Span;
