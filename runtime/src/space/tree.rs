@@ -29,7 +29,8 @@ enum Slot<T> {
     Item(T),
     /// Smaller blocks, of which one at least is not empty.
     Inner(Box<[Slot<T>]>),
-    /// The smallest blocks, of which one at least is not empty.
+    /// Smaller blocks that are filled or empty but not divided further, a third of the size of
+    /// [`Slot::Inner`]: every node starts so.
     Leaf(Box<[Option<T>]>),
 }
 
@@ -87,12 +88,13 @@ impl<T> ChunkTree<T> {
         if self.overlaps(levels, addr, level) {
             return Err(item);
         }
-        let path = &levels.as_slice()[1..=level];
-        let last = levels.as_slice().len() - 1;
         let mut slot = &mut self.root;
-        for (depth, below) in path.iter().enumerate() {
+        for (depth, below) in levels.as_slice().iter().enumerate().take(level + 1).skip(1) {
             if let Slot::Empty = slot {
-                *slot = new_node(*below, depth + 1 == last);
+                *slot = Slot::Leaf((0..below.slots()).map(|_| None).collect());
+            }
+            if depth < level {
+                slot.divide();
             }
             match slot {
                 Slot::Inner(slots) => slot = &mut slots[below.slot(addr)],
@@ -148,11 +150,13 @@ impl<T> ChunkTree<T> {
     }
 }
 
-fn new_node<T>(level: Level, last: bool) -> Slot<T> {
-    if last {
-        Slot::Leaf((0..level.slots()).map(|_| None).collect())
-    } else {
-        Slot::Inner((0..level.slots()).map(|_| Slot::Empty).collect())
+impl<T> Slot<T> {
+    /// Lets the blocks of a leaf be divided.
+    fn divide(&mut self) {
+        if let Slot::Leaf(slots) = self {
+            let slots = std::mem::take(slots).into_iter();
+            *self = Slot::Inner(slots.map(|item| item.map_or(Slot::Empty, Slot::Item)).collect());
+        }
     }
 }
 
@@ -220,7 +224,7 @@ fn validate<T>(
         true => Ok(1),
         false => Err(format!("{} is kept at {at}", block(item))),
     };
-    let node = |slots: usize, leaf: bool| match slots == levels[1].slots() && leaf == (levels.len() == 2) {
+    let node = |slots: usize, leaf: bool| match slots == levels[1].slots() && (leaf || levels.len() > 2) {
         true => Ok(()),
         false => Err(format!("the node at {here} has {slots} slots")),
     };
