@@ -1,1 +1,490 @@
-//! The host floor.
+//! The host floor: the memory of this process.
+//!
+//! # Overview
+//! [`Host`] implements the space's ports [`AddressSpace`] and [`HostMemory`] over userfaultfd:
+//!
+//! | room | what it does |
+//! |---|---|
+//! | [`features`] | opens userfaultfd, finds out what the kernel can do |
+//! | [`message`] | reads faults and events |
+//! | `vma`, `registered` | mappings as drm_gpusvm would see them |
+//! | [`exempt`](mod@exempt) | memory that never migrates |
+//! | `pagemap` | which pages are present, huge, written |
+//! | `shadow`, `pool` | where pages wait; huge pages made ready |
+//! | `flip`, `remap` | moves pages between application and shadow |
+//! | [`budget`] | how much host memory may be retained |
+//! | `sys` | the system calls of all of these |
+//!
+//! # Locking
+//! Locks here are leaves: none is held while another room is called, and none is for application threads whose stack
+//! may be tracked. The order inside: the books of what is registered, then the shadow's books. The message gate (see
+//! [`message`]) is held by readers of messages and by outward flips, for one system call or a few.
+//!
+//! # Limits
+//! One process: a child of fork must not use its parent's [`Host`].
+
+pub mod budget;
+pub mod exempt;
+pub mod features;
+mod flip;
+pub mod message;
+mod pagemap;
+mod pool;
+mod registered;
+mod remap;
+mod shadow;
+mod spanset;
+mod sys;
+mod vma;
+
+use self::features::{Features, Options, Report};
+use self::message::{Channel, Message, Ready};
+use self::pagemap::Pagemap;
+use self::pool::{Ground, Pool};
+use self::registered::Registered;
+use self::shadow::{Filled, ShadowArea};
+use self::sys::RegisterMode;
+use self::vma::Maps;
+use crate::ground::addr::{PageMask, SZ_2M, SZ_4K, Span};
+use crate::ground::error::{Errno, Error, Result};
+use crate::space::ports::{AddressSpace, FlipError, FlipStop, HostMemory, Shadow, Vma};
+use rustix::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::Duration;
+
+/// How often an ioctl that cannot be given up is tried while events are unread, with a pause in between.
+const PATIENCE: usize = 2000;
+const PAUSE: Duration = Duration::from_micros(100);
+
+/// What the host floor did since it was opened. Relaxed counters.
+#[derive(Debug, Default)]
+pub struct HostStats {
+    /// Flips that moved at least one page, in either direction.
+    pub flips: AtomicU64,
+    /// Pages moved by flips outward.
+    pub pages_out: AtomicU64,
+    /// Pages moved by flips inward.
+    pub pages_in: AtomicU64,
+    /// Transfers that went another way than UFFDIO_MOVE: mremap, or copies.
+    pub flip_fallbacks: AtomicU64,
+    /// Flips stopped by a pinned or shared page.
+    pub busy: AtomicU64,
+    /// Flips stopped by an unread event.
+    pub again: AtomicU64,
+    /// Pages given to this process alone by breaking copy-on-write.
+    pub unshared: AtomicU64,
+    /// Prepared huge pages used.
+    pub adopted: AtomicU64,
+    /// Pages made to answer SIGBUS.
+    pub poisoned: AtomicU64,
+}
+
+/// This process's memory, under userfaultfd.
+///
+/// Opened once by the wiring and shared; all methods may be called from any of usvm's threads. Dropping it closes the
+/// userfaultfd: holes become the kernel's to fill with zeroes, so bring everything back before.
+#[derive(Debug)]
+pub struct Host {
+    // Closed first: afterwards unmapping the arenas sends no events.
+    channel: Channel,
+    report: Report,
+    maps: Maps,
+    pagemap: Pagemap,
+    registered: RwLock<Registered>,
+    pool: Pool,
+    shadow: ShadowArea,
+    own_remaps: Mutex<Vec<(u64, u64)>>,
+    stats: HostStats,
+}
+
+impl Host {
+    /// Opens userfaultfd by the best way there is and probes what works.
+    ///
+    /// # Errors
+    /// [`Error::Os`] where no way works, naming the last errno.
+    pub fn open(options: &Options) -> Result<Self> {
+        let pagemap = features::proc_file("/proc/self/pagemap");
+        let maps = features::proc_file("/proc/self/maps");
+        let (uffd, report) =
+            features::open(options, pagemap.as_ref().map(AsFd::as_fd), maps.as_ref().map(AsFd::as_fd))?;
+        let missing = |path: &'static str| move || Error::os(path, Errno(libc::EACCES));
+        let (pagemap, maps) = (
+            pagemap.ok_or_else(missing("/proc/self/pagemap"))?,
+            maps.ok_or_else(missing("/proc/self/maps"))?,
+        );
+        let by_move = report.has.contains(Features::MOVE);
+        let filled = if by_move { Filled::ByMove } else { Filled::ByRemap };
+        Ok(Self {
+            channel: Channel::new(uffd)?,
+            maps: Maps::new(maps, report.has.contains(Features::PROCMAP_QUERY))?,
+            pagemap: Pagemap::new(pagemap, report.has),
+            registered: RwLock::default(),
+            pool: Pool::new(options.prepared, by_move),
+            shadow: ShadowArea::new(filled, options.arena_max),
+            own_remaps: Mutex::default(),
+            stats: HostStats::default(),
+            report,
+        })
+    }
+
+    /// What was found when it was opened.
+    pub fn report(&self) -> &Report {
+        &self.report
+    }
+
+    /// What happened since.
+    pub fn stats(&self) -> &HostStats {
+        &self.stats
+    }
+
+    /// The reading end: faults and events.
+    pub fn channel(&self) -> &Channel {
+        &self.channel
+    }
+
+    /// [`Channel::poll`].
+    pub fn poll(&self, timeout: Option<Duration>) -> Result<Ready> {
+        self.channel.poll(timeout)
+    }
+
+    /// [`Channel::read_batch`].
+    pub fn read_batch(&self, out: &mut Vec<Message>) -> Result<usize> {
+        self.channel.read_batch(out)
+    }
+
+    /// After an UNMAP event: nothing of ours is at `span` any more.
+    pub fn forget(&self, span: Span) {
+        self.books_mut().forget(span);
+    }
+
+    /// After a REMAP event that is not our own (see [`Host::is_own_remap`]): the mapping, with its registration, is at
+    /// `to` now.
+    pub fn moved(&self, from: u64, to: u64, len: u64) {
+        self.books_mut().moved(Span::sized(from, len), to);
+    }
+
+    /// What is registered now, by usvm's books; for withdrawing.
+    pub fn registered_spans(&self) -> Vec<Span> {
+        self.books().iter().collect()
+    }
+
+    /// Prepares one huge page if the pool wants one; whether it did. For a background thread; takes milliseconds.
+    pub fn refill(&self) -> Result<bool> {
+        self.pool.refill(self.ground())
+    }
+
+    /// Prepared huge pages still wanted.
+    pub fn refill_wanted(&self) -> usize {
+        self.pool.wanted()
+    }
+
+    /// Sets how many huge pages to hold prepared.
+    pub fn set_prepared(&self, pages: usize) {
+        self.pool.set_target(pages);
+    }
+
+    /// Bytes of prepared huge pages held.
+    pub fn prepared_bytes(&self) -> u64 {
+        self.pool.held_bytes()
+    }
+
+    /// Gives all prepared pages back to the kernel, and says how many bytes; for memory pressure.
+    pub fn drain(&self) -> u64 {
+        self.pool.drain(self.ground())
+    }
+
+    /// Bytes of address space of the shadow area.
+    pub fn shadow_mapped_bytes(&self) -> u64 {
+        self.shadow.mapped_bytes()
+    }
+
+    /// Bytes of shadow slots that could not be emptied and are out of use for good.
+    pub fn shadow_lost_bytes(&self) -> u64 {
+        self.shadow.lost_bytes()
+    }
+
+    fn has(&self, features: Features) -> bool {
+        self.report.has.contains(features)
+    }
+
+    fn ground(&self) -> Ground<'_> {
+        Ground { uffd: self.channel.uffd(), area: &self.shadow, pagemap: &self.pagemap }
+    }
+
+    fn books(&self) -> RwLockReadGuard<'_, Registered> {
+        self.registered.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn books_mut(&self) -> RwLockWriteGuard<'_, Registered> {
+        self.registered.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether `span` is registered, asking the kernel where it can tell.
+    fn registered_now(&self, span: Span) -> bool {
+        self.pagemap
+            .registered(span)
+            .or_else(|| pagemap::registered_by_smaps(span))
+            .unwrap_or_else(|| self.books().covers(span))
+    }
+
+    /// Present pages, or `otherwise` where nobody can tell.
+    fn present_or(&self, span: Span, otherwise: PageMask) -> PageMask {
+        self.pagemap.pages(span).map_or_else(
+            |errno| {
+                tracing::warn!(%errno, %span, "page state cannot be read");
+                otherwise
+            },
+            |p| p.present,
+        )
+    }
+
+    /// Does `f` again while it says EAGAIN because an event is unread, for a bounded time.
+    fn patiently(
+        &self,
+        mut f: impl FnMut() -> std::result::Result<(), Errno>,
+    ) -> std::result::Result<(), Errno> {
+        let mut last = Errno(libc::EAGAIN);
+        for _ in 0..PATIENCE {
+            match f() {
+                Err(errno @ Errno(libc::EAGAIN)) => last = errno,
+                other => return other,
+            }
+            std::thread::sleep(PAUSE);
+        }
+        Err(last)
+    }
+
+    fn count_stop(&self, stop: FlipStop) -> FlipStop {
+        match stop.why {
+            FlipError::Busy => self.stats.busy.fetch_add(1, Relaxed),
+            FlipError::Again => self.stats.again.fetch_add(1, Relaxed),
+            _ => 0,
+        };
+        stop
+    }
+
+    fn count_pages(&self, pages: &PageMask, direction: &AtomicU64) {
+        if !pages.is_empty() {
+            self.stats.flips.fetch_add(1, Relaxed);
+            direction.fetch_add(pages.count() as u64, Relaxed);
+        }
+    }
+
+    fn count_in(
+        &self,
+        pages: &PageMask,
+        result: std::result::Result<(), FlipStop>,
+    ) -> std::result::Result<(), FlipStop> {
+        let arrived = result.map_or_else(|stop| stop.moved, |()| *pages);
+        self.count_pages(&arrived, &self.stats.pages_in);
+        result.map_err(|stop| self.count_stop(stop))
+    }
+}
+
+impl AddressSpace for Host {
+    fn find_vma(&self, addr: u64) -> Result<Option<Vma>> {
+        vma::view(&self.maps, addr, |at| self.books().is_cut(at), exempt::extent)
+    }
+
+    fn populated(&self, span: Span) -> bool {
+        self.present_or(span, PageMask::EMPTY) == PageMask::first(span.pages())
+    }
+}
+
+impl HostMemory for Host {
+    fn register(&self, span: Span) -> Result<()> {
+        // The books are held over the ioctl, so that an UNMAP event is booked before or after, never in between.
+        let mut books = self.books_mut();
+        let gaps = if books.covers(span) && self.pagemap.registered(span) != Some(false) {
+            Vec::new()
+        } else if self.pagemap.registered(span) == Some(false) {
+            // The books may speak of a mapping that is gone already.
+            vec![span]
+        } else {
+            books.missing(span)
+        };
+        let mode = RegisterMode { missing: true, write_protect: self.has(Features::WP) };
+        for gap in gaps {
+            sys::uffd_register(self.channel.uffd(), gap, mode).map_err(|e| register_error(gap, e))?;
+            books.add(gap);
+        }
+        Ok(())
+    }
+
+    fn unregister(&self, span: Span) {
+        let mut books = self.books_mut();
+        for part in books.within(span) {
+            match sys::uffd_unregister(self.channel.uffd(), part) {
+                Ok(()) => books.take(part),
+                // Nothing is mapped there any more; the event is on its way.
+                Err(Errno(libc::EINVAL)) => books.forget(part),
+                Err(errno) => tracing::warn!(%errno, %part, "stays under userfaultfd"),
+            }
+        }
+    }
+
+    fn is_registered(&self, span: Span) -> bool {
+        self.registered_now(span)
+    }
+
+    fn present(&self, span: Span) -> PageMask {
+        // When nobody can tell, every page may be there: a flip then fails, and nothing is taken for a hole.
+        self.present_or(span, PageMask::first(span.pages()))
+    }
+
+    fn is_huge(&self, span: Span) -> bool {
+        span.len() == SZ_2M && self.pagemap.pages(span).is_ok_and(|p| p.huge == PageMask::first(span.pages()))
+    }
+
+    fn shadow_alloc(&self, len: u64) -> Result<Shadow> {
+        self.shadow.alloc(self.channel.uffd(), len)
+    }
+
+    fn shadow_free(&self, shadow: Shadow) {
+        self.shadow.free(self.channel.uffd(), shadow);
+    }
+
+    fn shadow_release(&self, shadow: &Shadow) {
+        if let Err(errno) = self.shadow.release(self.channel.uffd(), shadow.span) {
+            tracing::warn!(%errno, slot = %shadow.span, "shadow pages are not released");
+        }
+    }
+
+    fn shadow_adopt_prepared(&self, shadow: &Shadow) -> bool {
+        let adopted = self.pool.adopt(self.ground(), shadow);
+        self.stats.adopted.fetch_add(adopted.into(), Relaxed);
+        adopted
+    }
+
+    fn flip_out(
+        &self,
+        app: Span,
+        shadow: &Shadow,
+        pages: &PageMask,
+    ) -> std::result::Result<PageMask, FlipStop> {
+        let result = if self.has(Features::MOVE) {
+            self.move_out(app, shadow, pages)
+        } else {
+            self.stats.flip_fallbacks.fetch_add(1, Relaxed);
+            self.remap_out(app, shadow, pages)
+        };
+        let moved = result.unwrap_or_else(|stop| stop.moved);
+        self.count_pages(&moved, &self.stats.pages_out);
+        result.map_err(|stop| self.count_stop(stop))
+    }
+
+    fn flip_in(&self, app: Span, shadow: &Shadow, pages: &PageMask) -> std::result::Result<(), FlipStop> {
+        let result = if self.has(Features::MOVE) {
+            self.move_in(app, shadow, pages)
+        } else {
+            self.stats.flip_fallbacks.fetch_add(1, Relaxed);
+            self.copy_back(app, shadow, pages)
+        };
+        self.count_in(pages, result)
+    }
+
+    fn copy_in(&self, app: Span, shadow: &Shadow, pages: &PageMask) -> std::result::Result<(), FlipStop> {
+        self.stats.flip_fallbacks.fetch_add(1, Relaxed);
+        let result = self.copy_pages_in(app, shadow, pages);
+        self.count_in(pages, result)
+    }
+
+    fn unshare(&self, app: Span, pages: &PageMask) {
+        let made = self.make_own(app, pages);
+        self.stats.unshared.fetch_add(made, Relaxed);
+    }
+
+    fn track(&self, app: Span) -> std::result::Result<(), FlipError> {
+        self.pagemap.arm(self.channel.uffd(), app).map_err(|errno| match errno.0 {
+            libc::EAGAIN => FlipError::Again,
+            libc::EPERM | libc::ENOENT => FlipError::NoMapping,
+            libc::ENOMEM => FlipError::NoMemory,
+            other => FlipError::Os(other),
+        })
+    }
+
+    fn written(&self, app: Span) -> Option<PageMask> {
+        if !self.has(Features::WP_ASYNC) {
+            return None;
+        }
+        self.pagemap.written(app).ok()
+    }
+
+    fn fault_stamp(&self) -> u64 {
+        static UNKNOWN: AtomicU64 = AtomicU64::new(1 << 63);
+        // Without a count, every stamp differs from every other: nothing is ever proved, nothing is lost.
+        sys::fault_count().unwrap_or_else(|_| UNKNOWN.fetch_add(1, Relaxed))
+    }
+
+    fn zero_fill(&self, page: u64) -> std::result::Result<(), FlipError> {
+        let span = Span::around(page, SZ_4K);
+        match sys::uffd_zeropage(self.channel.uffd(), span) {
+            Ok(()) => Ok(()),
+            Err(stop) => match stop.errno.0 {
+                libc::EEXIST => {
+                    self.wake(span);
+                    Ok(())
+                }
+                libc::EAGAIN => Err(FlipError::Again),
+                libc::ENOENT | libc::EINVAL => Err(FlipError::NoMapping),
+                libc::ENOMEM => Err(FlipError::NoMemory),
+                other => Err(FlipError::Os(other)),
+            },
+        }
+    }
+
+    fn wake(&self, span: Span) {
+        if let Err(errno) = sys::uffd_wake(self.channel.uffd(), span) {
+            tracing::warn!(%errno, %span, "waiters were not woken");
+        }
+    }
+
+    fn poison(&self, page: u64) {
+        let span = Span::around(page, SZ_4K);
+        let poisoned = if self.has(Features::POISON) {
+            self.patiently(|| sys::uffd_poison(self.channel.uffd(), span).map_err(|p| p.errno))
+        } else {
+            Err(Errno(libc::EOPNOTSUPP))
+        };
+        match poisoned {
+            Ok(()) => {}
+            // A page is there, or no mapping: nothing was lost there, or nobody can ask for it.
+            Err(Errno(libc::EEXIST | libc::ENOENT)) => {
+                self.wake(span);
+                return;
+            }
+            Err(errno) => {
+                tracing::warn!(%errno, %span, "cannot be poisoned; taking its access rights instead");
+                self.deny(span);
+            }
+        }
+        self.stats.poisoned.fetch_add(1, Relaxed);
+    }
+}
+
+impl Host {
+    /// Takes all access from `span`, whose data is lost, where it cannot be poisoned: SIGSEGV instead of SIGBUS, never
+    /// silent zeroes.
+    fn deny(&self, span: Span) {
+        if let Err(errno) = sys::deny(span) {
+            tracing::error!(%errno, %span, "lost data cannot be marked");
+        }
+        self.wake(span);
+    }
+}
+
+fn register_error(span: Span, errno: Errno) -> Error {
+    match errno.0 {
+        libc::ENOMEM => Error::OutOfHostMemory {
+            what: "registering memory with userfaultfd",
+            detail: "the process has about as many mappings as vm.max_map_count allows; raise it, e.g. \
+                     sudo sysctl vm.max_map_count=1048576"
+                .to_owned(),
+        },
+        libc::EBUSY => Error::Busy { span },
+        libc::EPERM => Error::NotWritable { addr: span.start },
+        libc::EINVAL | libc::ENOENT => Error::Gone { addr: span.start },
+        _ => Error::os("UFFDIO_REGISTER", errno),
+    }
+}

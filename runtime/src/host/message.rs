@@ -1,0 +1,174 @@
+#![allow(unsafe_code)]
+//! What a userfaultfd has to say.
+//!
+//! # Overview
+//! The kernel queues faults and events on the userfaultfd; [`Channel::read_batch`] takes all of them without blocking
+//! and decodes them. [`Channel::poll`] waits for messages or for [`Channel::wake_reader`].
+//!
+//! # Safety
+//! Messages are unions that the `event` field tells apart; a FORK message carries a descriptor that is ours alone.
+//!
+//! # Locking
+//! Reading an event lets the thread that caused it (munmap, mremap…) go on, and it may then map something new at the
+//! same address. So messages are read under the write side of a gate whose read side a flip holds from "is this still
+//! our mapping?" to the end of its ioctl: as long as the event is unread, the kernel refuses the ioctl. The gate is
+//! held for the read alone.
+//!
+//! # Limits
+//! Events can arrive out of causal order; sorting them is the service loop's work.
+
+use super::sys;
+use crate::ground::addr::Span;
+use crate::ground::error::{Errno, Error, Result};
+use linux_raw_sys::general as uapi;
+use rustix::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+use std::time::Duration;
+
+/// Messages taken from the kernel at once.
+const BATCH: usize = 32;
+const MESSAGE: usize = size_of::<uapi::uffd_msg>();
+
+/// One message of the kernel.
+#[derive(Debug)]
+pub enum Message {
+    /// A thread waits for a page.
+    Fault {
+        /// The exact address where the kernel tells it, else its page.
+        addr: u64,
+        /// It wants to write.
+        write: bool,
+        /// The page is there, write-protected.
+        wp: bool,
+        /// The page is in the page cache, not mapped.
+        minor: bool,
+        /// The waiting thread; 0 where the kernel does not tell.
+        tid: u32,
+    },
+    /// The span was unmapped.
+    Unmap(Span),
+    /// The span's pages are being dropped (MADV_DONTNEED, MADV_FREE…); the mapping stays.
+    Remove(Span),
+    /// The mapping moved.
+    Remap {
+        /// Old address.
+        from: u64,
+        /// New address.
+        to: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// The process forked; this is the userfaultfd of the child.
+    Fork(OwnedFd),
+}
+
+/// What [`Channel::poll`] saw.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Ready {
+    /// Messages can be read.
+    pub messages: bool,
+    /// [`Channel::wake_reader`] was called; the call is used up.
+    pub woken: bool,
+}
+
+/// The reading end of a userfaultfd.
+#[derive(Debug)]
+pub struct Channel {
+    uffd: OwnedFd,
+    wake: OwnedFd,
+    gate: RwLock<()>,
+}
+
+impl Channel {
+    /// For `uffd`, which must not block.
+    pub(super) fn new(uffd: OwnedFd) -> Result<Self> {
+        let wake = sys::eventfd().map_err(|e| Error::os("eventfd", e))?;
+        Ok(Self { uffd, wake, gate: RwLock::new(()) })
+    }
+
+    /// The userfaultfd.
+    pub(super) fn uffd(&self) -> BorrowedFd<'_> {
+        self.uffd.as_fd()
+    }
+
+    /// Keeps messages unread while it is held.
+    pub(super) fn hold_messages(&self) -> RwLockReadGuard<'_, ()> {
+        self.gate.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for messages, for [`Channel::wake_reader`] or until `timeout` (`None`: for ever). A signal ends it early
+    /// with nothing ready.
+    pub fn poll(&self, timeout: Option<Duration>) -> Result<Ready> {
+        let [messages, woken] = match sys::poll2([self.uffd.as_fd(), self.wake.as_fd()], timeout) {
+            Ok(ready) => ready,
+            Err(Errno(libc::EINTR)) => return Ok(Ready::default()),
+            Err(errno) => return Err(Error::os("poll", errno)),
+        };
+        if woken {
+            // A failed read leaves it set: the next poll tells again, nothing is lost.
+            let _ = sys::read(&self.wake, &mut [0; 8]);
+        }
+        Ok(Ready { messages, woken })
+    }
+
+    /// Makes [`Channel::poll`] return, now or the next time. Any thread; takes no lock.
+    pub fn wake_reader(&self) {
+        // EAGAIN: it is set already.
+        let _ = sys::write(&self.wake, &1u64.to_ne_bytes());
+    }
+
+    /// Appends all queued messages to `out` and says how many. Never blocks on the kernel.
+    pub fn read_batch(&self, out: &mut Vec<Message>) -> Result<usize> {
+        let before = out.len();
+        let mut buf = [0u8; BATCH * MESSAGE];
+        loop {
+            let read = {
+                let _gate = self.gate.write().unwrap_or_else(PoisonError::into_inner);
+                sys::read(&self.uffd, &mut buf)
+            };
+            let len = match read {
+                Ok(len) => len,
+                Err(Errno(libc::EAGAIN)) => break,
+                Err(Errno(libc::EINTR)) => continue,
+                Err(errno) => return Err(Error::os("reading the userfaultfd", errno)),
+            };
+            out.extend(buf[..len].chunks_exact(MESSAGE).filter_map(decode));
+            if len < buf.len() {
+                break;
+            }
+        }
+        Ok(out.len() - before)
+    }
+}
+
+/// One message out of its bytes; `None` for kinds that were not asked for.
+fn decode(bytes: &[u8]) -> Option<Message> {
+    assert_eq!(bytes.len(), MESSAGE);
+    // SAFETY: the length was checked, the structure is plain integers without alignment needs.
+    let msg = unsafe { bytes.as_ptr().cast::<uapi::uffd_msg>().read_unaligned() };
+    let arg = msg.arg;
+    // SAFETY: every variant of the union is plain integers; `event` says which one the kernel filled.
+    unsafe {
+        match u32::from(msg.event) {
+            uapi::UFFD_EVENT_PAGEFAULT => {
+                let fault = arg.pagefault;
+                let flag = |bit: u32| fault.flags & u64::from(bit) != 0;
+                Some(Message::Fault {
+                    addr: fault.address,
+                    write: flag(uapi::UFFD_PAGEFAULT_FLAG_WRITE),
+                    wp: flag(uapi::UFFD_PAGEFAULT_FLAG_WP),
+                    minor: flag(uapi::UFFD_PAGEFAULT_FLAG_MINOR),
+                    tid: fault.feat.ptid,
+                })
+            }
+            uapi::UFFD_EVENT_UNMAP => Some(Message::Unmap(Span::new(arg.remove.start, arg.remove.end))),
+            uapi::UFFD_EVENT_REMOVE => Some(Message::Remove(Span::new(arg.remove.start, arg.remove.end))),
+            uapi::UFFD_EVENT_REMAP => {
+                let remap = arg.remap;
+                Some(Message::Remap { from: remap.from, to: remap.to, len: remap.len })
+            }
+            uapi::UFFD_EVENT_FORK => Some(Message::Fork(OwnedFd::from_raw_fd(arg.fork.ufd as i32))),
+            _ => None,
+        }
+    }
+}
