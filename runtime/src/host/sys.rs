@@ -470,19 +470,6 @@ pub(super) unsafe fn remap_away(from: Span, to: u64) -> Result<()> {
     Ok(())
 }
 
-/// Minor and major faults of the whole process, all threads that live or lived; each fault makes it grow.
-pub(super) fn fault_count() -> Result<u64> {
-    inject::check(Call::Getrusage)?;
-    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
-    // SAFETY: the kernel writes a whole structure at the address.
-    if unsafe { libc::getrusage(libc::RUSAGE_SELF, usage.as_mut_ptr()) } != 0 {
-        return Err(Errno(std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EFAULT)));
-    }
-    // SAFETY: zeroed is valid for integers, and the call succeeded.
-    let usage = unsafe { usage.assume_init() };
-    Ok((usage.ru_minflt as u64).wrapping_add(usage.ru_majflt as u64))
-}
-
 /// An address as the pointer a mapping call wants.
 fn pointer(addr: u64) -> *mut c_void {
     std::ptr::with_exposed_provenance_mut(addr as usize)

@@ -80,14 +80,14 @@ impl Maps {
         match asked {
             Ok(q) => {
                 let len = (q.vma_name_size as usize).saturating_sub(1).min(name.len());
-                Ok(Some(self.from_query(&q, &name[..len])))
+                Ok(Some(self.decode(&q, &name[..len])))
             }
             Err(Errno(libc::ENOENT)) => Ok(None),
             Err(errno) => Err(errno),
         }
     }
 
-    fn from_query(&self, q: &procmap_query, name: &[u8]) -> RawVma {
+    fn decode(&self, q: &procmap_query, name: &[u8]) -> RawVma {
         let has = |f: flag| q.vma_flags & f as u64 != 0;
         let identity = Identity {
             shared: has(flag::PROCMAP_QUERY_VMA_SHARED),
