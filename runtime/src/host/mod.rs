@@ -356,6 +356,18 @@ impl HostMemory for Host {
         }
     }
 
+    fn let_go(&self, span: Span) {
+        self.unregister(span);
+        let Ok(Some(mapping)) = self.maps.find(span.start) else { return };
+        let mut books = self.books_mut();
+        let strange = books.missing(mapping.span).into_iter().find(|part| part.contains(span.start));
+        let Some(part) = strange else { return };
+        match sys::uffd_unregister(self.channel.uffd(), part) {
+            Ok(()) => books.take(part),
+            Err(errno) => tracing::debug!(%errno, %part, "is not under userfaultfd after all"),
+        }
+    }
+
     fn forget(&self, span: Span) {
         self.books_mut().forget(span);
     }

@@ -105,6 +105,10 @@ pub trait HostMemory: AddressSpace {
     /// Takes `span` from under userfaultfd and wakes whoever waits in it. Missing pages become the kernel's to serve.
     fn unregister(&self, span: Span);
 
+    /// As [`HostMemory::unregister`], for memory that waits for usvm although nothing of it is away: also what the kernel
+    /// registered by itself, where a mapping grew (mremap, brk) beyond what usvm had registered of it.
+    fn let_go(&self, span: Span);
+
     /// `span` was unmapped: its registration went with it.
     fn forget(&self, span: Span);
 

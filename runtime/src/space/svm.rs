@@ -410,7 +410,7 @@ impl Svm {
         if !self.settle_landings() && self.awaits_landing(page) {
             return Served::Retry(Wait::Events);
         }
-        let Some(range) = self.space.find(page) else { return self.hole(Span::sized(page, SZ_4K)) };
+        let Some(range) = self.space.find(page) else { return self.hole_outside(page) };
         let mut state = match range.data.try_lock() {
             Some(state) => state,
             None if patient => range.data.lock(),
@@ -487,13 +487,21 @@ impl Svm {
             return self.zero(page);
         }
         self.mover.unshare_copy(range, state);
-        self.hole(range.span())
+        self.hole(range.span());
+        if self.mover.host.is_registered(span) { self.zero(page) } else { Served::Done }
     }
 
     fn hole(&self, span: Span) -> Served {
-        self.mover.host.unregister(span);
+        self.mover.host.let_go(span);
         self.mover.host.wake(span);
         Served::Done
+    }
+
+    /// A missing page that belongs to no range.
+    fn hole_outside(&self, page: u64) -> Served {
+        let span = Span::sized(page, SZ_4K);
+        self.hole(span);
+        if self.mover.host.is_registered(span) { self.zero(page) } else { Served::Done }
     }
 
     fn zero(&self, page: u64) -> Served {
