@@ -391,30 +391,41 @@ impl Mover {
         }
     }
 
-    /// The program moved `pages` of the range by mremap to `to`: they land there. On an error the rest is still strayed.
-    pub fn land_elsewhere(
-        &self,
-        range: &Arc<Range>,
-        state: &mut State,
-        pages: &PageMask,
-        to: Span,
-    ) -> Result<()> {
+    /// mremap took `pages` of the range elsewhere: their contents wait in the shadow for [`Mover::land_elsewhere`].
+    pub fn leave(&self, range: &Arc<Range>, state: &mut State, pages: &PageMask) -> Result<()> {
         let State { bound, moved: Some(moved) } = state else { return Ok(()) };
         self.unbind(range, bound);
-        let span = range.span();
         let result = self.accounted(range, moved, |m| {
+            m.shared = false;
             let from_vram = m.vram.and(pages);
-            self.fetch(span, m, &from_vram)?;
-            m.strayed = m.strayed.or(&from_vram.and(&m.fresh));
-            m.vram = m.vram.minus(&from_vram);
-            m.fresh = m.fresh.minus(&from_vram);
-            let landing = m.strayed.and(pages);
-            self.land(span, to, m, &landing)
+            let result = self.fetch(range.span(), m, &from_vram);
+            m.leave(pages);
+            result.map(|_| ())
         });
         if moved.vram.is_empty() {
             self.free_bo(range, moved);
         }
         result
+    }
+
+    /// Lands those of `pages` that left the range at `to`, where the range's span would be now. What could not land yet is
+    /// still leaving.
+    pub fn land_elsewhere(&self, range: &Arc<Range>, state: &mut State, pages: &PageMask, to: Span) -> Result<()> {
+        let Some(moved) = &mut state.moved else { return Ok(()) };
+        let landing = moved.leaving.and(pages);
+        self.accounted(range, moved, |m| self.land(range.span(), to, m, &landing))
+    }
+
+    /// The place where `pages` of the range were to land is gone.
+    pub fn abandon(&self, range: &Arc<Range>, state: &mut State, pages: &PageMask) {
+        let Some(moved) = &mut state.moved else { return };
+        let gone = moved.leaving.and(pages);
+        self.accounted(range, moved, |m| {
+            if let Some(shadow) = &m.shadow {
+                self.host.shadow_release(shadow, &gone);
+            }
+            m.landed(&gone);
+        });
     }
 
     /// Makes the shadow hold the contents of all pages whose truth is away, without changing any truth (for a forked
@@ -459,7 +470,7 @@ impl Mover {
     pub fn dissolve(&self, range: &Arc<Range>, state: &mut State) {
         self.unbind(range, &mut state.bound);
         let Some(mut moved) = state.moved.take() else { return };
-        debug_assert!(moved.vram.is_empty() && moved.strayed.is_empty());
+        debug_assert!(moved.vram.is_empty() && moved.strayed.is_empty() && moved.leaving.is_empty());
         let alive = moved.alive(range.span());
         self.accounted(range, &mut moved, |m| {
             m.shared = false;
@@ -688,7 +699,7 @@ impl Mover {
     /// Returns retained pages whose truth is elsewhere to the kernel.
     pub fn release_retained(&self, range: &Range, state: &mut State) -> u64 {
         let Some(moved) = &mut state.moved else { return 0 };
-        let idle = moved.retained.minus(&moved.strayed);
+        let idle = moved.retained.minus(&moved.strayed).minus(&moved.leaving);
         self.accounted(range, moved, |m| {
             if let Some(shadow) = &m.shadow {
                 self.host.shadow_release(shadow, &idle);

@@ -119,6 +119,8 @@ pub struct Moved {
     pub fresh: PageMask,
     /// Pages unmapped by the program: nobody's.
     pub dead: PageMask,
+    /// Dead pages that mremap took elsewhere and that have not landed there yet. Their truth is in the shadow.
+    pub leaving: PageMask,
     /// `bo` is a read-only copy and writes are tracked.
     pub shared: bool,
     /// What policies decide by.
@@ -139,16 +141,27 @@ impl Moved {
     /// Gives the shadow pages that must be released before anything is flipped there again.
     #[must_use]
     pub fn forget(&mut self, pages: &PageMask) -> PageMask {
-        let stale = self.retained.and(pages);
+        let pages = pages.minus(&self.leaving);
+        let stale = self.retained.and(&pages);
         for mask in [&mut self.vram, &mut self.strayed, &mut self.fresh, &mut self.retained] {
-            *mask = mask.minus(pages);
+            *mask = mask.minus(&pages);
         }
         stale
     }
 
+    /// mremap took `pages` elsewhere: of those in the shadow the truth goes with them, the others are nobody's here.
+    pub fn leave(&mut self, pages: &PageMask) {
+        let held = self.strayed.or(&self.fresh).and(pages);
+        self.leaving = self.leaving.or(&held);
+        self.dead = self.dead.or(pages);
+        for mask in [&mut self.vram, &mut self.strayed, &mut self.fresh] {
+            *mask = mask.minus(pages);
+        }
+    }
+
     /// `pages` of the shadow arrived at the application's address.
     pub fn landed(&mut self, pages: &PageMask) {
-        for mask in [&mut self.strayed, &mut self.fresh, &mut self.retained] {
+        for mask in [&mut self.strayed, &mut self.fresh, &mut self.retained, &mut self.leaving] {
             *mask = mask.minus(pages);
         }
     }
@@ -167,6 +180,7 @@ impl Moved {
         debug_assert!(self.strayed.minus(&self.retained).is_empty(), "strayed pages are in the shadow");
         debug_assert!(self.fresh.minus(&self.retained).is_empty(), "fresh pages are in the shadow");
         debug_assert!(self.fresh.and(&self.strayed).is_empty(), "fresh pages equal device memory");
+        debug_assert!(self.leaving.minus(&self.retained.and(&self.dead)).is_empty(), "what leaves is in the shadow");
         debug_assert!(self.vram.and(&self.dead).is_empty(), "dead pages have no truth");
         debug_assert!(self.vram.minus(&all).is_empty() && self.retained.minus(&all).is_empty());
         debug_assert!(self.vram.is_empty() || self.bo.is_some(), "truth in device memory has device memory");

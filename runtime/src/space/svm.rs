@@ -400,6 +400,9 @@ impl Svm {
             return Err(Error::Again { what: "collecting a range in use", tries: 1 });
         }
         self.mover.to_host(range, &mut state, &PageMask::first(range.span().pages()), cause)?;
+        if state.moved.as_ref().is_some_and(|m| !m.leaving.is_empty()) {
+            return Err(Error::Again { what: "landing what mremap took elsewhere", tries: 1 });
+        }
         self.mover.dissolve(range, &mut state);
         Ok(())
     }
@@ -533,7 +536,7 @@ impl Svm {
 
     /// munmap, or a mapping placed over `span`: its contents are gone. Device mappings are gone when this returns.
     pub fn unmapped(&self, span: Span) {
-        self.change_landings(|landing| landing.pages = landing.pages.minus(&PageMask::of(landing.to, span)));
+        self.abandon_landings(span);
         for range in self.invalidate(EventKind::Unmap, span) {
             let mut state = range.data.lock();
             // An event may be older than the mapping that stands there now and has gone to the device already: a mapping
@@ -548,7 +551,7 @@ impl Svm {
 
     /// madvise(DONTNEED, FREE, REMOVE) is about to drop the contents of `span`, the mapping stays.
     pub fn discarded(&self, span: Span) {
-        self.change_landings(|landing| landing.pages = landing.pages.minus(&PageMask::of(landing.to, span)));
+        self.abandon_landings(span);
         for range in self.invalidate(EventKind::Clear, span) {
             let mut state = range.data.lock();
             self.mover.unshare_copy(&range, &mut state);
@@ -557,20 +560,26 @@ impl Svm {
     }
 
     /// mremap took `[from, from + len)` to `to`; what was on the device follows it.
+    ///
+    /// The kernel says that the old place is unmapped in an event of its own, after this one, and refuses flips until that
+    /// is read. So the contents leave their range here and land when the kernel lets them.
     pub fn moved(&self, from: u64, to: u64, len: u64) {
         let old = Span::sized(from, len);
         let shift = to.wrapping_sub(from);
         self.unmapped_ranges_only(Span::sized(to, len));
         self.mover.host.moved(from, to, len);
-        self.change_landings(|landing| {
-            if landing.to.overlaps(old) {
-                landing.to = Span::sized(landing.to.start.wrapping_add(shift), landing.to.len());
-            }
-        });
         let mut landings = self.landings();
+        for landing in landings.iter_mut().filter(|landing| landing.to.overlaps(old)) {
+            landing.to = Span::sized(landing.to.start.wrapping_add(shift), landing.to.len());
+        }
         for range in self.invalidate(EventKind::Unmap, old) {
             let pages = PageMask::of(range.span(), old);
             let to = Span::sized(range.span().start.wrapping_add(shift), range.span().len());
+            let mut state = range.data.lock();
+            if let Err(e) = self.mover.leave(&range, &mut state, &pages) {
+                tracing::error!(span = %to, "memory moved by mremap is lost: {e}");
+            }
+            drop(state);
             landings.push(Landing { range, pages, to });
         }
         drop(landings);
@@ -585,8 +594,13 @@ impl Svm {
         }
     }
 
-    fn change_landings(&self, f: impl FnMut(&mut Landing)) {
-        self.landings().iter_mut().for_each(f);
+    /// What was to land in `span` is nobody's any more.
+    fn abandon_landings(&self, span: Span) {
+        for landing in self.landings().iter_mut().filter(|landing| landing.to.overlaps(span)) {
+            let gone = PageMask::of(landing.to, span);
+            self.mover.abandon(&landing.range, &mut landing.range.data.lock(), &gone);
+            landing.pages = landing.pages.minus(&gone);
+        }
     }
 
     fn landings(&self) -> MutexGuard<'_, Vec<Landing>> {
@@ -603,11 +617,7 @@ impl Svm {
         let mut landings = self.landings();
         landings.retain(|landing| {
             let mut state = landing.range.data.lock();
-            if self.mover.land_elsewhere(&landing.range, &mut state, &landing.pages, landing.to).is_err() {
-                return true;
-            }
-            self.mover.drop_pages(&landing.range, &mut state, &landing.pages, true);
-            false
+            self.mover.land_elsewhere(&landing.range, &mut state, &landing.pages, landing.to).is_err()
         });
         landings.is_empty()
     }
