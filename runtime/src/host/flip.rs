@@ -41,7 +41,7 @@ use rustix::fd::BorrowedFd;
 use rustix::mm::Advice;
 
 /// How often pages that vanish during an outward flip make it look anew.
-const LOOKS: usize = 8;
+const LOOKS: usize = 32;
 
 /// What moves pages to the application's address or away from it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -140,8 +140,8 @@ impl<'a> Flip<'a> {
             libc::EAGAIN => Next::Stop(FlipError::Again),
             libc::EBUSY => Next::Stop(FlipError::Busy),
             libc::ENOMEM => Next::Stop(FlipError::NoMemory),
-            libc::EEXIST => self.clear_marker(at, FlipError::Exists),
-            libc::EFAULT => self.clear_marker(at, FlipError::Os(libc::EFAULT)),
+            libc::EEXIST => self.clear_markers(at, until, FlipError::Exists),
+            libc::EFAULT => self.clear_markers(at, until, FlipError::Os(libc::EFAULT)),
             libc::ENOENT if self.way == Way::Out => Next::Hole,
             libc::ENOENT if self.way == Way::In => Next::Stop(FlipError::Os(libc::ENOENT)),
             libc::EINVAL | libc::ENOENT => self.mapping(at, until),
@@ -149,13 +149,14 @@ impl<'a> Flip<'a> {
         }
     }
 
-    /// A write-protect marker may stand in the way where no page is: once for each page, take it away.
-    fn clear_marker(&mut self, at: usize, otherwise: FlipError) -> Next {
+    /// Write-protect markers may stand in the way where no pages are: take them away, once for each page that stops us.
+    /// Pages that are there count as written from then on, which is safe.
+    fn clear_markers(&mut self, at: usize, until: usize, otherwise: FlipError) -> Next {
         if self.cleared.replace(at) == Some(at) {
             return Next::Stop(otherwise);
         }
-        let page = self.app.page_run(at, 1);
-        match sys::uffd_write_protect(self.uffd(), page, false) {
+        let rest = self.app.page_run(at, until - at);
+        match sys::uffd_write_protect(self.uffd(), rest, false) {
             Ok(()) => Next::Retry,
             Err(Errno(libc::EAGAIN)) => Next::Stop(FlipError::Again),
             Err(_) => Next::Stop(otherwise),

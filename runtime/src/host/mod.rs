@@ -35,6 +35,8 @@ mod remap;
 mod shadow;
 mod spanset;
 mod sys;
+#[cfg(test)]
+mod tests;
 mod vma;
 
 use self::features::{Features, Options, Report};

@@ -20,11 +20,10 @@
 
 use super::Host;
 use super::features::Features;
-use super::sys;
-use crate::ground::addr::{PageMask, SZ_2M, Span};
+use super::{shadow, sys};
+use crate::ground::addr::{PageMask, Span};
 use crate::ground::error::Errno;
 use crate::space::ports::{FlipError, FlipStop, Shadow, VmaKind};
-use rustix::mm::Advice;
 use std::sync::PoisonError;
 
 impl Host {
@@ -100,13 +99,7 @@ impl Host {
         if let Err(errno) = sys::uffd_unregister(self.channel.uffd(), to) {
             tracing::debug!(%errno, %to, "slot stays registered until it is released");
         }
-        for advice in [Advice::LinuxDontFork, Advice::LinuxHugepage] {
-            if advice == Advice::LinuxHugepage && to.len() < SZ_2M {
-                continue;
-            }
-            // SAFETY: neither changes contents in this process.
-            let _ = unsafe { sys::advise(to, advice) };
-        }
+        shadow::prepare(to);
         Ok(())
     }
 
