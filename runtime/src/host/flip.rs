@@ -195,13 +195,13 @@ impl Host {
     ) -> Result<PageMask, FlipStop> {
         let mut flip = Flip::new(self, app, shadow, Way::Out);
         'look: for _ in 0..LOOKS {
-            let _unread = self.channel.hold_messages();
+            let unread = self.channel.hold_messages();
             let there = self.pagemap.pages(app).map_err(|e| flip.stop(FlipError::Os(e.0)))?;
             let wanted = pages.and(&there.present).minus(&flip.moved);
             self.still_registered(app, &wanted, there.registered).map_err(|why| flip.stop(why))?;
             let zero = wanted.and(&there.zero);
             if !self.has(Features::MOVE_ZERO_PAGES) && !zero.is_empty() {
-                drop(_unread);
+                drop(unread);
                 self.make_own(app, &zero);
                 continue;
             }
@@ -263,7 +263,10 @@ impl Host {
     }
 
     /// Breaks copy-on-write of those `pages` of `app` that are there: each gets a page of its own. Pages stay where they
-    /// are; what cannot be done (no memory) stays shared.
+    /// are; what cannot be done (no memory) stays shared. Gives how many it asked for.
+    ///
+    /// A page that the application drops between the look and the call is missing then, and the call waits for it like
+    /// any access: whoever serves faults of `app` must be able to while this runs.
     pub(super) fn make_own(&self, app: Span, pages: &PageMask) -> u64 {
         let there = self.present_or(app, PageMask::EMPTY);
         let mut made = 0;

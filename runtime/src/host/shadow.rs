@@ -23,7 +23,7 @@
 //!
 //! # Limits
 //! MADV_DONTNEED on registered memory would send an event and wait for its reader, so a slot is unregistered for the
-//! moment its pages are dropped. A slot whose pages could not be dropped is never used again. Before Linux 6.14 an
+//! moment its pages are dropped. A slot whose pages could not be dropped is set aside and tried again later. Before Linux 6.14 an
 //! emptied block keeps its page table, and a huge page that moves in there is split.
 
 use super::exempt;
@@ -35,7 +35,6 @@ use rustix::fd::BorrowedFd;
 use rustix::mm::Advice;
 use rustix::process::{Resource, getrlimit};
 use std::collections::{BTreeSet, HashMap};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The first arena, and the smallest that is tried before giving up.
@@ -59,8 +58,6 @@ pub(super) struct ShadowArea {
     books: Mutex<Books>,
     filled: Filled,
     arena_max: u64,
-    /// Bytes of slots that could not be emptied and are never used again.
-    lost: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -73,6 +70,8 @@ struct Books {
     cut: HashMap<u64, Block>,
     /// For each class, the cut blocks with a free slot.
     partial: [BTreeSet<u64>; CLASSES],
+    /// Slots given back that could not be emptied.
+    stuck: Vec<Span>,
 }
 
 /// Which arenas a slot comes from.
@@ -164,16 +163,16 @@ impl Books {
 impl ShadowArea {
     pub(super) fn new(filled: Filled, arena_max: u64) -> Self {
         let arena_max = align_up(arena_max.max(ARENA_MIN), SZ_2M);
-        Self { books: Mutex::default(), filled, arena_max, lost: AtomicU64::new(0) }
+        Self { books: Mutex::default(), filled, arena_max }
     }
 
     fn books(&self) -> MutexGuard<'_, Books> {
         self.books.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Bytes of slots that could not be emptied and are out of use for good.
-    pub(super) fn lost_bytes(&self) -> u64 {
-        self.lost.load(Ordering::Relaxed)
+    /// Bytes of slots that could not be emptied and are out of use for now.
+    pub(super) fn stuck_bytes(&self) -> u64 {
+        self.books().stuck.iter().map(|s| s.len()).sum()
     }
 
     /// Bytes of address space in arenas.
@@ -200,11 +199,23 @@ impl ShadowArea {
 
     /// Takes back a slot and returns its pages to the kernel.
     pub(super) fn free(&self, uffd: BorrowedFd<'_>, shadow: Shadow) {
-        match self.release(uffd, shadow.span) {
-            Ok(()) => self.books().give(shadow.span),
+        self.empty(uffd, shadow.span);
+        let stuck = self.books().stuck.pop();
+        if let Some(span) = stuck {
+            self.empty(uffd, span);
+        }
+    }
+
+    /// Empties a slot that nobody owns and offers it again, or sets it aside.
+    fn empty(&self, uffd: BorrowedFd<'_>, span: Span) {
+        let emptied = self.release(uffd, span);
+        let mut books = self.books();
+        match emptied {
+            Ok(()) => books.give(span),
             Err(errno) => {
-                self.lost.fetch_add(shadow.span.len(), Ordering::Relaxed);
-                tracing::warn!(%errno, slot = %shadow.span, "shadow pages could not be dropped; slot out of use");
+                books.stuck.push(span);
+                drop(books);
+                tracing::warn!(%errno, slot = %span, "shadow pages cannot be dropped now");
             }
         }
     }

@@ -65,7 +65,7 @@ fn everything(host: Host) {
     }
     verify_pages(area.span, &there);
     assert_eq!(get(area.span.start + 15 * SZ_4K), 0, "holes are the kernel's again");
-    assert_eq!(host.shadow_lost_bytes(), 0);
+    assert_eq!(host.shadow_stuck_bytes(), 0);
     drop(reader);
 }
 

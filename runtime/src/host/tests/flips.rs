@@ -373,7 +373,7 @@ fn shadow_pages_never_come_back() {
         fill(area.span);
         host.register(area.span).unwrap();
     }
-    assert_eq!(host.shadow_lost_bytes(), 0);
+    assert_eq!(host.shadow_stuck_bytes(), 0);
     assert_eq!(host.shadow_mapped_bytes(), 64 << 20);
 }
 
