@@ -2,7 +2,7 @@
 //! What this kernel lets this process do, found by trying.
 //!
 //! # Overview
-//! [`open`] climbs down a ladder: /dev/userfaultfd, the system call, the system call for user-mode faults only.
+//! Opening climbs down a ladder: /dev/userfaultfd, the system call, the system call for user-mode faults only.
 //! Features are probed with a throw-away descriptor and with real calls, never by kernel version. [`Report`] keeps
 //! what was found and what was refused, with the errno and the command that fixes it: `usvm doctor` prints it.
 //!
@@ -186,7 +186,7 @@ pub struct Options {
     pub forbid: Features,
     /// The largest piece of shadow area mapped at once, in bytes.
     pub arena_max: u64,
-    /// Prepared huge pages to hold ready (see [`super::pool`]).
+    /// Prepared huge pages to hold ready in the background.
     pub prepared: usize,
 }
 
