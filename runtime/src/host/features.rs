@@ -2,7 +2,7 @@
 //! What this kernel lets this process do, found by trying.
 //!
 //! # Overview
-//! [`open`] climbs down a ladder: /dev/userfaultfd, the system call, the system call for user-mode faults only.
+//! Opening climbs down a ladder: /dev/userfaultfd, the system call, the system call for user-mode faults only.
 //! Features are probed with a throw-away descriptor and with real calls, never by kernel version. [`Report`] keeps
 //! what was found and what was refused, with the errno and the command that fixes it: `usvm doctor` prints it.
 //!
@@ -186,7 +186,7 @@ pub struct Options {
     pub forbid: Features,
     /// The largest piece of shadow area mapped at once, in bytes.
     pub arena_max: u64,
-    /// Prepared huge pages to hold ready (see [`super::pool`]).
+    /// Prepared huge pages to hold ready in the background.
     pub prepared: usize,
 }
 
@@ -196,12 +196,11 @@ impl Default for Options {
     }
 }
 
-/// Opens a userfaultfd with all it can have, and says what that is. `pagemap` and `maps` are this process's files,
-/// where they could be opened.
+/// Opens a userfaultfd with all it can have, and says what that is. `pagemap` and `maps` are this process's files.
 pub(super) fn open(
     options: &Options,
-    pagemap: Option<BorrowedFd<'_>>,
-    maps: Option<BorrowedFd<'_>>,
+    pagemap: BorrowedFd<'_>,
+    maps: BorrowedFd<'_>,
 ) -> Result<(OwnedFd, Report)> {
     let mut probe = Probe { refused: Vec::new(), options, has: Features::empty() };
     let mut failed_ways = Vec::new();
@@ -305,21 +304,15 @@ impl Probe<'_> {
         Err(Error::os("UFFDIO_API", last))
     }
 
-    fn files(&mut self, pagemap: Option<BorrowedFd<'_>>, maps: Option<BorrowedFd<'_>>) {
+    fn files(&mut self, pagemap: BorrowedFd<'_>, maps: BorrowedFd<'_>) {
         let here = Span::sized(1 << 20, SZ_4K);
         let present = u64::from(uapi::PAGE_IS_PRESENT);
         let scan = ScanFor { all: present, any: 0, report: present, arm: false };
         let mut regions = [uapi::page_region { start: 0, end: 0, categories: 0 }; 1];
-        let absent = Err(Why::Absent);
-        let scanned = pagemap.map_or(absent, |fd| {
-            sys::pagemap_scan(fd, here, scan, &mut regions).map(drop).map_err(Why::Refused)
-        });
-        self.judge(Features::PAGEMAP_SCAN, scanned);
-        let queried = maps.map_or(absent, |fd| match sys::procmap_query(fd, 0, &mut []) {
-            Ok(_) => Ok(()),
-            Err(errno) => Err(Why::Refused(errno)),
-        });
-        self.judge(Features::PROCMAP_QUERY, queried);
+        let scanned = sys::pagemap_scan(pagemap, here, scan, &mut regions);
+        self.judge(Features::PAGEMAP_SCAN, scanned.map(drop).map_err(Why::Refused));
+        let queried = sys::procmap_query(maps, 0, &mut []);
+        self.judge(Features::PROCMAP_QUERY, queried.map(drop).map_err(Why::Refused));
     }
 
     /// Tries UFFDIO_MOVE on a zero page, with a descriptor and memory of its own.
@@ -380,15 +373,9 @@ fn fix(feature: Features) -> String {
     }
 }
 
-/// The pagemap and maps files of this process, for [`open`] and its callers.
-pub(super) fn proc_file(path: &str) -> Option<OwnedFd> {
-    match sys::open(path, OFlags::RDONLY) {
-        Ok(fd) => Some(fd),
-        Err(errno) => {
-            tracing::warn!(path, %errno, "cannot be opened; usvm uses a slower way");
-            None
-        }
-    }
+/// A file about this process, which nothing here works without.
+pub(super) fn proc_file(path: &'static str) -> Result<OwnedFd> {
+    sys::open(path, OFlags::RDONLY).map_err(|e| Error::os(path, e))
 }
 
 #[cfg(test)]
@@ -396,8 +383,8 @@ mod tests {
     use super::*;
 
     fn probe(options: Options) -> Report {
-        let (pagemap, maps) = (proc_file("/proc/self/pagemap"), proc_file("/proc/self/maps"));
-        open(&options, pagemap.as_ref().map(AsFd::as_fd), maps.as_ref().map(AsFd::as_fd)).unwrap().1
+        let (pagemap, maps) = ["/proc/self/pagemap", "/proc/self/maps"].map(|p| proc_file(p).unwrap()).into();
+        open(&options, pagemap.as_fd(), maps.as_fd()).unwrap().1
     }
 
     #[test]

@@ -42,7 +42,7 @@ use rustix::fd::{AsFd, OwnedFd};
 use rustix::mm::Advice;
 
 /// How often pages that vanish during an outward flip make it look anew.
-const LOOKS: usize = 8;
+const LOOKS: usize = 32;
 
 /// What moves pages to the application's address or away from it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -141,8 +141,8 @@ impl<'a> Flip<'a> {
             libc::EAGAIN => Next::Stop(FlipError::Again),
             libc::EBUSY => Next::Stop(FlipError::Busy),
             libc::ENOMEM => Next::Stop(FlipError::NoMemory),
-            libc::EEXIST => self.clear_marker(at, FlipError::Exists),
-            libc::EFAULT => self.clear_marker(at, FlipError::Os(libc::EFAULT)),
+            libc::EEXIST => self.clear_markers(at, until, FlipError::Exists),
+            libc::EFAULT => self.clear_markers(at, until, FlipError::Os(libc::EFAULT)),
             libc::ENOENT if self.way == Way::Out => Next::Hole,
             libc::ENOENT if self.way == Way::In => Next::Stop(FlipError::Os(libc::ENOENT)),
             libc::EINVAL | libc::ENOENT => self.mapping(at, until),
@@ -150,13 +150,14 @@ impl<'a> Flip<'a> {
         }
     }
 
-    /// A write-protect marker may stand in the way where no page is: once for each page, take it away.
-    fn clear_marker(&mut self, at: usize, otherwise: FlipError) -> Next {
+    /// Write-protect markers may stand in the way where no pages are: take them away, once for each page that stops us.
+    /// Pages that are there count as written from then on, which is safe.
+    fn clear_markers(&mut self, at: usize, until: usize, otherwise: FlipError) -> Next {
         if self.cleared.replace(at) == Some(at) {
             return Next::Stop(otherwise);
         }
-        let page = self.app.page_run(at, 1);
-        match sys::uffd_write_protect(self.uffd(), page, false) {
+        let rest = self.app.page_run(at, until - at);
+        match sys::uffd_write_protect(self.uffd(), rest, false) {
             Ok(()) => Next::Retry,
             Err(Errno(libc::EAGAIN)) => Next::Stop(FlipError::Again),
             Err(_) => Next::Stop(otherwise),
@@ -195,13 +196,13 @@ impl Host {
     ) -> Result<PageMask, FlipStop> {
         let mut flip = Flip::new(self, app, shadow, Way::Out);
         'look: for _ in 0..LOOKS {
-            let _unread = self.channel.hold_messages();
+            let unread = self.channel.hold_messages();
             let there = self.pagemap.pages(app).map_err(|e| flip.stop(FlipError::Os(e.0)))?;
             let wanted = pages.and(&there.present).minus(&flip.moved);
             self.still_registered(app, &wanted, there.registered).map_err(|why| flip.stop(why))?;
             let zero = wanted.and(&there.zero);
             if !self.has(Features::MOVE_ZERO_PAGES) && !zero.is_empty() {
-                drop(_unread);
+                drop(unread);
                 self.make_own(app, &zero);
                 continue;
             }
@@ -276,7 +277,10 @@ impl Host {
     }
 
     /// Breaks copy-on-write of those `pages` of `app` that are there: each gets a page of its own. Pages stay where they
-    /// are; what cannot be done (no memory) stays shared.
+    /// are; what cannot be done (no memory) stays shared. Gives how many it asked for.
+    ///
+    /// A page that the application drops between the look and the call is missing then, and the call waits for it like
+    /// any access: whoever serves faults of `app` must be able to while this runs.
     pub(super) fn make_own(&self, app: Span, pages: &PageMask) -> u64 {
         let there = self.present_or(app, PageMask::EMPTY);
         let mut made = 0;

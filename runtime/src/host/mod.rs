@@ -39,6 +39,8 @@ pub mod service;
 mod shadow;
 mod spanset;
 mod sys;
+#[cfg(test)]
+mod tests;
 mod vma;
 
 use self::budget::Budget;
@@ -111,15 +113,9 @@ impl Host {
     /// # Errors
     /// [`Error::Os`] where no way works, naming the last errno.
     pub fn open(options: &Options) -> Result<Self> {
-        let pagemap = features::proc_file("/proc/self/pagemap");
-        let maps = features::proc_file("/proc/self/maps");
-        let (uffd, report) =
-            features::open(options, pagemap.as_ref().map(AsFd::as_fd), maps.as_ref().map(AsFd::as_fd))?;
-        let missing = |path: &'static str| move || Error::os(path, Errno(libc::EACCES));
-        let (pagemap, maps) = (
-            pagemap.ok_or_else(missing("/proc/self/pagemap"))?,
-            maps.ok_or_else(missing("/proc/self/maps"))?,
-        );
+        let pagemap = features::proc_file("/proc/self/pagemap")?;
+        let maps = features::proc_file("/proc/self/maps")?;
+        let (uffd, report) = features::open(options, pagemap.as_fd(), maps.as_fd())?;
         let by_move = report.has.contains(Features::MOVE);
         let filled = if by_move { Filled::ByMove } else { Filled::ByRemap };
         Ok(Self {
@@ -231,9 +227,9 @@ impl Host {
         self.shadow.mapped_bytes()
     }
 
-    /// Bytes of shadow slots that could not be emptied and are out of use for good.
-    pub fn shadow_lost_bytes(&self) -> u64 {
-        self.shadow.lost_bytes()
+    /// Bytes of shadow slots that could not be emptied and are out of use for now.
+    pub fn shadow_stuck_bytes(&self) -> u64 {
+        self.shadow.stuck_bytes()
     }
 
     fn has(&self, features: Features) -> bool {
@@ -254,10 +250,12 @@ impl Host {
 
     /// Whether `span` is registered, asking the kernel where it can tell.
     fn registered_now(&self, span: Span) -> bool {
-        self.pagemap
-            .registered(span)
-            .or_else(|| pagemap::registered_by_smaps(span))
-            .unwrap_or_else(|| self.books().covers(span))
+        self.kernel_registered(span).unwrap_or_else(|| self.books().covers(span))
+    }
+
+    /// Whether the kernel says that `span` is registered.
+    fn kernel_registered(&self, span: Span) -> Option<bool> {
+        self.pagemap.registered(span).or_else(|| pagemap::registered_by_smaps(span))
     }
 
     /// Present pages, or `otherwise` where nobody can tell.
@@ -326,19 +324,20 @@ impl AddressSpace for Host {
 
 impl HostMemory for Host {
     fn register(&self, span: Span) -> Result<()> {
+        if exempt::is_exempt(span) {
+            let reason = format!("{span} holds memory that usvm itself stands on");
+            return Err(Error::Invalid { argument: "span", reason });
+        }
         // The books are held over the ioctl, so that an UNMAP event is booked before or after, never in between.
         let mut books = self.books_mut();
-        let gaps = if books.covers(span) && self.pagemap.registered(span) != Some(false) {
-            Vec::new()
-        } else if self.pagemap.registered(span) == Some(false) {
-            // The books may speak of a mapping that is gone already.
-            vec![span]
-        } else {
-            books.missing(span)
+        let gaps = match self.pagemap.registered(span) {
+            Some(true) if books.covers(span) => Vec::new(),
+            // The books may speak of a mapping that is gone already, or know less than the kernel.
+            Some(_) => vec![span],
+            None => books.missing(span),
         };
-        let mode = RegisterMode { missing: true, write_protect: self.has(Features::WP) };
         for gap in gaps {
-            sys::uffd_register(self.channel.uffd(), gap, mode).map_err(|e| register_error(gap, e))?;
+            self.register_part(gap)?;
             books.add(gap);
         }
         Ok(())
@@ -350,7 +349,7 @@ impl HostMemory for Host {
             match sys::uffd_unregister(self.channel.uffd(), part) {
                 Ok(()) => books.take(part),
                 // Nothing is mapped there any more; the event is on its way.
-                Err(Errno(libc::EINVAL)) => books.forget(part),
+                Err(Errno(libc::EINVAL)) if self.kernel_registered(part) == Some(false) => books.forget(part),
                 Err(errno) => tracing::warn!(%errno, %part, "stays under userfaultfd"),
             }
         }
@@ -468,18 +467,16 @@ impl HostMemory for Host {
 
     fn zero_fill(&self, page: u64) -> std::result::Result<(), FlipError> {
         let span = Span::around(page, SZ_4K);
-        match sys::uffd_zeropage(self.channel.uffd(), span) {
+        match self.fill(span, || sys::uffd_zeropage(self.channel.uffd(), span)) {
             Ok(()) => Ok(()),
-            Err(stop) => match stop.errno.0 {
-                libc::EEXIST => {
-                    self.wake(span);
-                    Ok(())
-                }
-                libc::EAGAIN => Err(FlipError::Again),
-                libc::ENOENT | libc::EINVAL => Err(FlipError::NoMapping),
-                libc::ENOMEM => Err(FlipError::NoMemory),
-                other => Err(FlipError::Os(other)),
-            },
+            Err(Errno(libc::EEXIST)) => {
+                self.wake(span);
+                Ok(())
+            }
+            Err(Errno(libc::EAGAIN)) => Err(FlipError::Again),
+            Err(Errno(libc::ENOENT | libc::EINVAL)) => Err(FlipError::NoMapping),
+            Err(Errno(libc::ENOMEM)) => Err(FlipError::NoMemory),
+            Err(other) => Err(FlipError::Os(other.0)),
         }
     }
 
@@ -492,7 +489,7 @@ impl HostMemory for Host {
     fn poison(&self, page: u64) {
         let span = Span::around(page, SZ_4K);
         let poisoned = if self.has(Features::POISON) {
-            self.patiently(|| sys::uffd_poison(self.channel.uffd(), span).map_err(|p| p.errno))
+            self.patiently(|| self.fill(span, || sys::uffd_poison(self.channel.uffd(), span)))
         } else {
             Err(Errno(libc::EOPNOTSUPP))
         };
@@ -513,6 +510,33 @@ impl HostMemory for Host {
 }
 
 impl Host {
+    /// Registers `gap`, all of it or nothing.
+    fn register_part(&self, gap: Span) -> Result<()> {
+        let mode = RegisterMode { missing: true, write_protect: self.has(Features::WP) };
+        sys::uffd_register(self.channel.uffd(), gap, mode).map_err(|e| register_error(gap, e))?;
+        if self.pagemap.registered(gap) == Some(false) {
+            // The kernel passes over parts that are not mapped.
+            let _ = sys::uffd_unregister(self.channel.uffd(), gap);
+            return Err(Error::Gone { addr: gap.start });
+        }
+        Ok(())
+    }
+
+    /// Fills the hole at `page` by `f`; where a mere write-protect marker is in the way, it is taken away first.
+    fn fill(
+        &self,
+        page: Span,
+        f: impl Fn() -> std::result::Result<(), sys::Partial>,
+    ) -> std::result::Result<(), Errno> {
+        let filled = f().map_err(|p| p.errno);
+        let doubtful = || self.pagemap.pages(page).is_ok_and(|p| !p.doubtful.is_empty());
+        if filled != Err(Errno(libc::EEXIST)) || !doubtful() {
+            return filled;
+        }
+        sys::uffd_write_protect(self.channel.uffd(), page, false)?;
+        f().map_err(|p| p.errno)
+    }
+
     /// Takes all access from `span`, whose data is lost, where it cannot be poisoned: SIGSEGV instead of SIGBUS, never
     /// silent zeroes.
     fn deny(&self, span: Span) {

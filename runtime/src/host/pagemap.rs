@@ -5,7 +5,8 @@
 //! and /proc/self/smaps answer slower.
 //!
 //! What counts as present: pages in memory or in swap, zero pages included ([`super::flip`] moves these too). A guard
-//! region (MADV_GUARD_INSTALL) and a mere write-protect marker are holes.
+//! region (MADV_GUARD_INSTALL) is a hole. A mere write-protect marker cannot be told from a swapped page until
+//! somebody tries to move it.
 //!
 //! # Locking
 //! None: the descriptor is only read.
@@ -29,6 +30,8 @@ const HUGE: u64 = uapi::PAGE_IS_HUGE as u64;
 const PFNZERO: u64 = uapi::PAGE_IS_PFNZERO as u64;
 const GUARD: u64 = uapi::PAGE_IS_GUARD as u64;
 
+const EMPTY_REGION: uapi::page_region = uapi::page_region { start: 0, end: 0, categories: 0 };
+
 /// Bits of a word of /proc/self/pagemap.
 mod word {
     pub(super) const PRESENT: u64 = 1 << 63;
@@ -46,6 +49,8 @@ pub(super) struct Pages {
     pub(super) huge: PageMask,
     /// The zero page.
     pub(super) zero: PageMask,
+    /// Not in memory and write-protected: swapped out, or a mere marker in a hole. These are in `present`, too.
+    pub(super) doubtful: PageMask,
     /// Present, in a mapping registered with userfaultfd for asynchronous write protection; `None` where the kernel
     /// cannot tell.
     pub(super) registered: Option<PageMask>,
@@ -92,6 +97,9 @@ impl Pagemap {
             if marker {
                 return;
             }
+            if categories & (PRESENT | WRITTEN) == 0 {
+                pages.doubtful.set_run(run.0, run.1);
+            }
             for (bit, mask) in [
                 (PRESENT | SWAPPED, &mut pages.present),
                 (HUGE, &mut pages.huge),
@@ -117,6 +125,9 @@ impl Pagemap {
         self.words(span, |page, word| {
             if word & (word::PRESENT | word::SWAPPED) != 0 && word & word::GUARD == 0 {
                 pages.present.set(page);
+            }
+            if word & word::SWAPPED != 0 && word & word::WRITE_PROTECTED != 0 {
+                pages.doubtful.set(page);
             }
             frames[page] = if word & word::PRESENT != 0 { word & word::FRAME } else { 0 };
         })?;
@@ -165,15 +176,28 @@ impl Pagemap {
         Ok(())
     }
 
-    /// Whether all of `span` is in mappings registered with userfaultfd; `None` where the kernel cannot tell.
+    /// Whether all of `span`, of any length, is in mappings registered with userfaultfd; `None` where the kernel cannot tell.
     pub(super) fn registered(&self, span: Span) -> Option<bool> {
         if !self.marks_registered {
             return None;
         }
         let what = ScanFor { all: WPALLOWED, any: 0, report: WPALLOWED, arm: false };
-        let mut mask = PageMask::EMPTY;
-        let scanned = self.scan(span, what, |(first, count), _| mask.set_run(first, count));
-        scanned.ok().map(|()| mask == PageMask::first(span.pages()))
+        let mut end = span.start;
+        let mut regions = [EMPTY_REGION; 64];
+        while end < span.end {
+            let rest = Span::new(end, span.end);
+            let found = sys::pagemap_scan(self.file.as_fd(), rest, what, &mut regions).ok()?;
+            for region in &regions[..found] {
+                if region.start != end {
+                    return Some(false);
+                }
+                end = region.end;
+            }
+            if found == 0 {
+                return Some(false);
+            }
+        }
+        Some(true)
     }
 
     fn scan(
@@ -184,7 +208,7 @@ impl Pagemap {
     ) -> Result<(), Errno> {
         debug_assert!(span.len() <= SZ_2M);
         // As many as there can be, so that one call tells all.
-        let mut regions = [uapi::page_region { start: 0, end: 0, categories: 0 }; PageMask::CAPACITY];
+        let mut regions = [EMPTY_REGION; PageMask::CAPACITY];
         let found = sys::pagemap_scan(self.file.as_fd(), span, what, &mut regions)?;
         for region in regions.iter().take(found) {
             let run = Span::new(region.start, region.end);

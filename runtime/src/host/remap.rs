@@ -2,7 +2,7 @@
 //! Flips on kernels without UFFDIO_MOVE (before 6.8).
 //!
 //! # Overview
-//! Outward, mremap with MREMAP_DONTUNMAP moves runs of pages onto the shadow slot; the application's mapping stays, empty
+//! Outward, mremap with MREMAP_DONTUNMAP moves runs of pages, and holes between them, onto the shadow slot; the application's mapping stays, empty
 //! and registered, so who touches it waits in userfaultfd. Inward, UFFDIO_COPY fills the holes and the shadow's pages go
 //! back to the kernel.
 //!
@@ -20,11 +20,10 @@
 
 use super::Host;
 use super::features::Features;
-use super::sys;
-use crate::ground::addr::{PageMask, SZ_2M, Span};
+use super::{shadow, sys};
+use crate::ground::addr::{PageMask, Span};
 use crate::ground::error::Errno;
 use crate::space::ports::{FlipError, FlipStop, Shadow, VmaKind};
-use rustix::mm::Advice;
 use std::sync::PoisonError;
 
 impl Host {
@@ -53,15 +52,28 @@ impl Host {
             return Err(stop(moved, FlipError::NoMapping));
         }
         let there = self.pagemap.pages(app).map_err(|e| stop(moved, FlipError::Os(e.0)))?;
-        for (first, count) in pages.and(&there.present).runs() {
+        let waiting = self.pagemap.pages(shadow.span).map_err(|e| stop(moved, FlipError::Os(e.0)))?.present;
+        let wanted = pages.and(&there.present);
+        if let Some((first, _)) = wanted.and(&waiting).runs().next() {
+            tracing::debug!(first, slot = %shadow.span, "a page is there already");
+            return Err(stop(moved, FlipError::Exists));
+        }
+        // Holes between go along, so that a call moves as much as it can: never over a page that waits in the slot.
+        for (first, count) in pages.minus(&waiting).runs() {
             let end = first + count;
             let mut at = first;
             while at < end {
+                if mask_of(at, end - at).and(&wanted).is_empty() {
+                    break;
+                }
                 let run = app.page_run(at, end - at);
                 let part = self.movable_part(run).map_err(|why| stop(moved, why))?;
                 let to = shadow.span.page_run(at, part.pages());
                 self.remap_run(part, to).map_err(|e| stop(moved, remap_error(e)))?;
-                moved.set_run(at, part.pages());
+                // What came with it is told by the slot: a page may have been filled since the look.
+                let part_mask = mask_of(at, part.pages());
+                let arrived = self.pagemap.pages(shadow.span).map_or(wanted, |p| p.present);
+                moved = moved.or(&arrived.and(&part_mask));
                 at += part.pages();
             }
         }
@@ -100,13 +112,7 @@ impl Host {
         if let Err(errno) = sys::uffd_unregister(self.channel.uffd(), to) {
             tracing::debug!(%errno, %to, "slot stays registered until it is released");
         }
-        for advice in [Advice::LinuxDontFork, Advice::LinuxHugepage] {
-            if advice == Advice::LinuxHugepage && to.len() < SZ_2M {
-                continue;
-            }
-            // SAFETY: neither changes contents in this process.
-            let _ = unsafe { sys::advise(to, advice) };
-        }
+        shadow::prepare(to);
         Ok(())
     }
 
@@ -122,6 +128,12 @@ impl Host {
         }
         copied
     }
+}
+
+fn mask_of(first: usize, count: usize) -> PageMask {
+    let mut mask = PageMask::EMPTY;
+    mask.set_run(first, count);
+    mask
 }
 
 fn remap_error(errno: Errno) -> FlipError {

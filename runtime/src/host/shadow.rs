@@ -4,7 +4,8 @@
 //! # Overview
 //! Arenas are mapped on demand, 64 MiB first and twice as large each time up to a limit, half as large where the kernel
 //! says no. Each is cut into 2 MiB blocks, and a block into slots of one size, buddy-style sizes from 4 KiB to 2 MiB.
-//! A [`Shadow`] is one slot, owned by one range.
+//! A [`Shadow`] is one slot, owned by one range. Slots of 2 MiB have arenas of their own: only there may the kernel
+//! make huge pages, which elsewhere would fill the slots of others.
 //!
 //! Where UFFDIO_MOVE exists, arenas are registered for write protection only: that makes them a valid destination,
 //! while a page missing there is still the kernel's to serve. Without it, slots are filled by mremap and are not
@@ -22,7 +23,7 @@
 //!
 //! # Limits
 //! MADV_DONTNEED on registered memory would send an event and wait for its reader, so a slot is unregistered for the
-//! moment its pages are dropped. A slot whose pages could not be dropped is never used again. Before Linux 6.14 an
+//! moment its pages are dropped. A slot whose pages could not be dropped is set aside and tried again later. Before Linux 6.14 an
 //! emptied block keeps its page table, and a huge page that moves in there is split.
 
 use super::exempt;
@@ -34,7 +35,6 @@ use rustix::fd::BorrowedFd;
 use rustix::mm::Advice;
 use rustix::process::{Resource, getrlimit};
 use std::collections::{BTreeSet, HashMap};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The first arena, and the smallest that is tried before giving up.
@@ -58,19 +58,35 @@ pub(super) struct ShadowArea {
     books: Mutex<Books>,
     filled: Filled,
     arena_max: u64,
-    /// Bytes of slots that could not be emptied and are never used again.
-    lost: AtomicU64,
 }
 
 #[derive(Debug, Default)]
 struct Books {
-    arenas: Vec<Span>,
-    /// Blocks without a slot in use.
-    free: Vec<u64>,
+    /// For each [`Family`].
+    arenas: [Vec<Span>; 2],
+    /// For each [`Family`], blocks without a slot in use.
+    free: [Vec<u64>; 2],
     /// Blocks cut into slots.
     cut: HashMap<u64, Block>,
     /// For each class, the cut blocks with a free slot.
     partial: [BTreeSet<u64>; CLASSES],
+    /// Slots given back that could not be emptied.
+    stuck: Vec<Span>,
+}
+
+/// Which arenas a slot comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Family {
+    /// Slots smaller than 2 MiB.
+    Small,
+    /// Slots of 2 MiB.
+    Huge,
+}
+
+impl Family {
+    fn of(class: usize) -> Self {
+        if class == CLASSES - 1 { Family::Huge } else { Family::Small }
+    }
 }
 
 /// A block cut into slots of one class.
@@ -115,7 +131,7 @@ impl Books {
         let block = match self.partial[class].first() {
             Some(&block) => block,
             None => {
-                let block = self.free.pop()?;
+                let block = self.free[Family::of(class) as usize].pop()?;
                 self.cut.insert(block, Block::new(class));
                 self.partial[class].insert(block);
                 block
@@ -137,7 +153,7 @@ impl Books {
         if state.count == 0 {
             self.cut.remove(&block);
             self.partial[class].remove(&block);
-            self.free.push(block);
+            self.free[Family::of(class) as usize].push(block);
         } else {
             self.partial[class].insert(block);
         }
@@ -147,21 +163,21 @@ impl Books {
 impl ShadowArea {
     pub(super) fn new(filled: Filled, arena_max: u64) -> Self {
         let arena_max = align_up(arena_max.max(ARENA_MIN), SZ_2M);
-        Self { books: Mutex::default(), filled, arena_max, lost: AtomicU64::new(0) }
+        Self { books: Mutex::default(), filled, arena_max }
     }
 
     fn books(&self) -> MutexGuard<'_, Books> {
         self.books.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Bytes of slots that could not be emptied and are out of use for good.
-    pub(super) fn lost_bytes(&self) -> u64 {
-        self.lost.load(Ordering::Relaxed)
+    /// Bytes of slots that could not be emptied and are out of use for now.
+    pub(super) fn stuck_bytes(&self) -> u64 {
+        self.books().stuck.iter().map(|s| s.len()).sum()
     }
 
     /// Bytes of address space in arenas.
     pub(super) fn mapped_bytes(&self) -> u64 {
-        self.books().arenas.iter().map(|a| a.len()).sum()
+        self.books().arenas.iter().flatten().map(|a| a.len()).sum()
     }
 
     /// A slot of `len` bytes (a power of two from 4 KiB to 2 MiB), aligned to its size, without pages.
@@ -174,7 +190,7 @@ impl ShadowArea {
         let start = match books.take(class) {
             Some(start) => start,
             None => {
-                self.grow(&mut books, uffd)?;
+                self.grow(&mut books, Family::of(class), uffd)?;
                 books.take(class).expect("a new arena has free blocks")
             }
         };
@@ -183,11 +199,23 @@ impl ShadowArea {
 
     /// Takes back a slot and returns its pages to the kernel.
     pub(super) fn free(&self, uffd: BorrowedFd<'_>, shadow: Shadow) {
-        match self.release(uffd, shadow.span) {
-            Ok(()) => self.books().give(shadow.span),
+        self.empty(uffd, shadow.span);
+        let stuck = self.books().stuck.pop();
+        if let Some(span) = stuck {
+            self.empty(uffd, span);
+        }
+    }
+
+    /// Empties a slot that nobody owns and offers it again, or sets it aside.
+    fn empty(&self, uffd: BorrowedFd<'_>, span: Span) {
+        let emptied = self.release(uffd, span);
+        let mut books = self.books();
+        match emptied {
+            Ok(()) => books.give(span),
             Err(errno) => {
-                self.lost.fetch_add(shadow.span.len(), Ordering::Relaxed);
-                tracing::warn!(%errno, slot = %shadow.span, "shadow pages could not be dropped; slot out of use");
+                books.stuck.push(span);
+                drop(books);
+                tracing::warn!(%errno, slot = %span, "shadow pages cannot be dropped now");
             }
         }
     }
@@ -222,24 +250,25 @@ impl ShadowArea {
         }
     }
 
-    fn grow(&self, books: &mut Books, uffd: BorrowedFd<'_>) -> Result<()> {
-        let doubled = books.arenas.last().map_or(ARENA_FIRST, |last| last.len().saturating_mul(2));
+    fn grow(&self, books: &mut Books, family: Family, uffd: BorrowedFd<'_>) -> Result<()> {
+        let arenas = &mut books.arenas[family as usize];
+        let doubled = arenas.last().map_or(ARENA_FIRST, |last| last.len().saturating_mul(2));
         let mut len = doubled.min(self.arena_max);
         let arena = loop {
-            match self.map_arena(uffd, len) {
+            match self.map_arena(uffd, len, family) {
                 Ok(arena) => break arena,
                 Err(Errno(libc::ENOMEM)) if len / 2 >= ARENA_MIN => len = align_up(len / 2, SZ_2M),
                 Err(errno) => return Err(out_of_memory(errno)),
             }
         };
         let blocks = arena.len() / SZ_2M;
-        books.free.extend((0..blocks).rev().map(|i| arena.start + i * SZ_2M));
-        books.arenas.push(arena);
+        books.free[family as usize].extend((0..blocks).rev().map(|i| arena.start + i * SZ_2M));
+        books.arenas[family as usize].push(arena);
         Ok(())
     }
 
     /// Maps and registers `len` bytes on a 2 MiB boundary.
-    fn map_arena(&self, uffd: BorrowedFd<'_>, len: u64) -> std::result::Result<Span, Errno> {
+    fn map_arena(&self, uffd: BorrowedFd<'_>, len: u64, family: Family) -> std::result::Result<Span, Errno> {
         let raw = sys::reserve(len + SZ_2M)?;
         let arena = Span::sized(align_up(raw.start, SZ_2M), len);
         for rest in [Span::new(raw.start, arena.start), Span::new(arena.end, raw.end)] {
@@ -252,7 +281,7 @@ impl ShadowArea {
         let _ = sys::unlock(arena);
         // SAFETY: access is only added.
         let ready = unsafe { sys::protect(arena, true) }.and_then(|()| {
-            prepare(arena);
+            advise(arena, family);
             match self.filled {
                 Filled::ByMove => sys::uffd_register(uffd, arena, MODE),
                 Filled::ByRemap => Ok(()),
@@ -270,9 +299,19 @@ impl ShadowArea {
 
 const MODE: RegisterMode = RegisterMode { missing: false, write_protect: true };
 
-/// Keeps `span` out of children, and lets it have huge pages. Both are improvements only.
-fn prepare(span: Span) {
-    for advice in [Advice::LinuxDontFork, Advice::LinuxHugepage] {
+/// Gives a slot's (part of a) new mapping the advice of its arena.
+pub(super) fn prepare(span: Span) {
+    advise(span, if span.len() == SZ_2M { Family::Huge } else { Family::Small });
+}
+
+/// Keeps `span` out of children, and lets it have huge pages or none. Where huge pages are not compiled in, the kernel
+/// refuses the advice and makes none.
+fn advise(span: Span, family: Family) {
+    let pages = match family {
+        Family::Huge => Advice::LinuxHugepage,
+        Family::Small => Advice::LinuxNoHugepage,
+    };
+    for advice in [Advice::LinuxDontFork, pages] {
         // SAFETY: neither changes contents in this process.
         if let Err(errno) = unsafe { sys::advise(span, advice) } {
             tracing::debug!(%errno, ?advice, "not taken");
@@ -300,7 +339,7 @@ fn out_of_memory(errno: Errno) -> Error {
 
 impl Drop for ShadowArea {
     fn drop(&mut self) {
-        for arena in self.books().arenas.drain(..) {
+        for arena in std::mem::take(&mut self.books().arenas).into_iter().flatten() {
             exempt::unexempt(arena);
             // SAFETY: slots are owned by ranges of the runtime that is going away, and the userfaultfd is closed.
             if let Err(errno) = unsafe { sys::unmap(arena) } {
@@ -320,7 +359,7 @@ mod tests {
         fn slots_are_disjoint_aligned_and_come_back(ops in proptest::collection::vec((0..CLASSES, 0..64usize), 1..300)) {
             let mut books = Books::default();
             let blocks: Vec<u64> = (1..=8).map(|i| i * SZ_2M).collect();
-            books.free.clone_from(&blocks);
+            books.free = [blocks[..6].to_vec(), blocks[6..].to_vec()];
             let mut held: Vec<Span> = Vec::new();
             for (class, pick) in ops {
                 if pick < 24 && !held.is_empty() {
@@ -334,8 +373,8 @@ mod tests {
                 held.push(span);
             }
             held.drain(..).for_each(|h| books.give(h));
-            books.free.sort_unstable();
-            prop_assert_eq!(books.free, blocks);
+            books.free.iter_mut().for_each(|f| f.sort_unstable());
+            prop_assert_eq!(books.free.concat(), blocks, "small blocks stay small, huge ones huge");
             prop_assert!(books.cut.is_empty() && books.partial.iter().all(BTreeSet::is_empty));
         }
     }
