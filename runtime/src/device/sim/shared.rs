@@ -1,11 +1,12 @@
-//! What callers and engines of one device share: memory, translations, the fault sink, and whether the device lives.
+//! What callers and engines of one device share: memory, translations, the fault sink, and whether the device
+//! lives.
 //!
 //! # Locking
-//! Two locks matter, taken in this order: a [`Unit`]'s TLB, held by its engine while it uses one translation; then
-//! the page table, held for reading while it walks. Whoever changes an entry takes the page table alone, releases it, and then
-//! takes each unit's TLB in turn to invalidate. So an engine either walked before the change and its copy is thrown away, or
-//! walks after it and finds the new entry; and as the visitor got the TLB's lock, no engine is in the middle of
-//! using the old one.
+//! Two locks matter, taken in this order: a [`Unit`]'s TLB, held by its engine while it uses one translation;
+//! then the page table, held for reading while it walks. Whoever changes an entry takes the page table alone,
+//! releases it, and then takes each unit's TLB in turn to invalidate. So an engine either walked before the
+//! change and its copy is thrown away, or walks after it and finds the new entry; and as the visitor got the
+//! TLB's lock, no engine is in the middle of using the old one.
 //!
 //! An engine that hammers its lock would starve visitors; it stands back while one waits.
 
@@ -154,7 +155,8 @@ impl Shared {
         self.stopping.load(Ordering::Acquire)
     }
 
-    /// Whether this is the process that made the device: a forked child has neither its threads nor its memory.
+    /// Whether this is the process that made the device: a forked child has neither its threads nor its
+    /// memory.
     pub(super) fn is_ours(&self) -> bool {
         rustix::process::getpid() == self.owner
     }
@@ -193,7 +195,8 @@ impl Shared {
 
     pub(super) fn unbind(&self, va: Span) -> bool {
         let removed = self.table.write().unwrap_or_else(PoisonError::into_inner).unbind(va);
-        // Even if nothing was there: another thread may have cleared the entry and not yet come to the engines.
+        // Even if nothing was there: another thread may have cleared the entry and not yet come to the
+        // engines.
         self.invalidate(va);
         removed.referenced
     }
