@@ -13,8 +13,8 @@
 //! either: the first signaller claims the word, the others leave at once.
 //!
 //! # Limits
-//! An event that nobody signals is waited for in vain; whoever owns the signalling half must signal it on
-//! every path.
+//! A forked child has copies that nobody signals. An event that nobody signals is waited for in vain; whoever
+//! owns the signalling half must signal it on every path.
 
 use crate::ground::error::{Error, Result};
 use rustix::fs::Timespec;

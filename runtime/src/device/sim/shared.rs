@@ -187,6 +187,8 @@ impl Shared {
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
         let removed = table.bind(va, backing, access)?;
         drop(table);
+        // Whoever binds a span holds the lock of its range, so no unbind of it is under way: where nothing
+        // was, nothing is cached, and a fault is served without visiting the engines.
         if removed.any {
             self.invalidate(va);
         }
