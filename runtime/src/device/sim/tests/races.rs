@@ -228,3 +228,34 @@ fn nothing_is_lost_while_memory_moves_under_two_engines() {
     assert!(images[0][8192 + 24_576..][..whole as usize] == pattern[..], "the pattern survived");
     device.clear_fault_sink();
 }
+
+/// An engine that takes its TLB millions of times a second still lets those in who change mappings.
+#[test]
+fn an_engine_at_full_speed_does_not_starve_unbind() {
+    let device = without_faults(MIB);
+    map_fresh(&device, VA, SZ_64K, GpuAccess::Write);
+    let stop = Arc::new(AtomicBool::new(false));
+    let steps = Arc::new(Steps::default());
+    let kernel = {
+        let (stop, steps) = (Arc::clone(&stop), Arc::clone(&steps));
+        device.launch(move |gpu| {
+            steps.reach(1);
+            while !stop.load(Ordering::Relaxed) {
+                gpu.fill(VA, SZ_64K, 1)?;
+            }
+            Ok(())
+        })
+    };
+    steps.await_step(1);
+    let mut took = Duration::ZERO;
+    for _ in 0..300 {
+        // Asleep meanwhile, so that it comes back to an engine in full swing.
+        std::thread::sleep(Duration::from_micros(200));
+        let start = Instant::now();
+        device.unbind(Span::sized(VA + SZ_64K, SZ_4K));
+        took += start.elapsed();
+    }
+    stop.store(true, Ordering::Relaxed);
+    finish(&kernel).unwrap();
+    assert!(took < Duration::from_secs(5), "300 unbinds took {took:?}");
+}
