@@ -1,18 +1,20 @@
 //! Waiting without locks: events and fences on a futex word.
 //!
 //! # Overview
-//! An [`Event`] is signalled once, with success or with an error; a [`Fence`] is the waiting half of one, which is all
-//! that whoever submitted work gets to see. Both are an `Arc` and cheap to clone. They stand for a kernel's dma_fence:
-//! signalled at most once, never unsignalled, with an error that stays readable for as long as someone holds it.
+//! An [`Event`] is signalled once, with success or with an error; a [`Fence`] is the waiting half of one,
+//! which is all that whoever submitted work gets to see. Both are an `Arc` and cheap to clone. They stand for
+//! a kernel's dma_fence: signalled at most once, never unsignalled, with an error that stays readable for as
+//! long as someone holds it.
 //!
 //! # Locking
-//! None on the waiting side: a waiter reads one atomic word and sleeps on it with futex(2), so an application thread
-//! may wait here while its own stack is being migrated. The outcome is stored before the word says that it is there
-//! (release), and read only after the word said so (acquire). Signalling takes no lock either: the first signaller
-//! claims the word, the others leave at once.
+//! None on the waiting side: a waiter reads one atomic word and sleeps on it with futex(2), so an application
+//! thread may wait here while its own stack is being migrated. The outcome is stored before the word says
+//! that it is there (release), and read only after the word said so (acquire). Signalling takes no lock
+//! either: the first signaller claims the word, the others leave at once.
 //!
 //! # Limits
-//! An event that nobody signals is waited for in vain; whoever owns the signalling half must signal it on every path.
+//! A forked child has copies that nobody signals. An event that nobody signals is waited for in vain; whoever
+//! owns the signalling half must signal it on every path.
 
 use crate::ground::error::{Error, Result};
 use rustix::fs::Timespec;
@@ -154,8 +156,9 @@ impl Fence {
         event.fence()
     }
 
-    /// Waits until the work is over: `Ok(true)`. `Ok(false)` when `timeout` passed first; `None` waits for ever, zero
-    /// only looks. The only error is the work's own, given to every waiter. Any thread may wait, any number at once.
+    /// Waits until the work is over: `Ok(true)`. `Ok(false)` when `timeout` passed first; `None` waits for
+    /// ever, zero only looks. The only error is the work's own, given to every waiter. Any thread may wait,
+    /// any number at once.
     pub fn wait(&self, timeout: Option<Duration>) -> Result<bool> {
         self.0.wait(timeout)
     }
@@ -208,8 +211,8 @@ mod tests {
         assert_eq!(waiter.join().unwrap(), Ok(true));
     }
 
-    /// Several signallers and waiters meet on each of many events: every waiter wakes, all see the one winner's
-    /// outcome. A lost wake-up shows as a timeout.
+    /// Several signallers and waiters meet on each of many events: every waiter wakes, all see the one
+    /// winner's outcome. A lost wake-up shows as a timeout.
     #[test]
     fn every_waiter_sees_the_one_outcome() {
         const ROUNDS: u64 = 2000;

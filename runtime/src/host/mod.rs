@@ -217,6 +217,14 @@ impl Host {
         }
     }
 
+    /// Closes the userfaultfd, for ever: the kernel lets go of all memory, also what it had registered by itself, and of
+    /// everybody who waits. What is missing then reads as zeroes: bring everything home before.
+    pub fn close(&self) {
+        if let Err(errno) = sys::retire(self.channel.uffd()) {
+            tracing::error!(%errno, "the userfaultfd stays open");
+        }
+    }
+
     /// Flips, and the times something else had to do.
     pub fn flip_counts(&self) -> (u64, u64) {
         (self.stats.flips.load(Relaxed), self.stats.flip_fallbacks.load(Relaxed))

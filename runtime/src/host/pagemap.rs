@@ -37,6 +37,7 @@ mod word {
     pub(super) const PRESENT: u64 = 1 << 63;
     pub(super) const SWAPPED: u64 = 1 << 62;
     pub(super) const GUARD: u64 = 1 << 58;
+    pub(super) const WRITE_PROTECTED: u64 = 1 << 57;
     pub(super) const FRAME: u64 = (1 << 55) - 1;
 }
 

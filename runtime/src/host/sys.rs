@@ -23,7 +23,7 @@ use crate::ground::inject::{self, Call};
 use linux_raw_sys::general as uapi;
 use linux_raw_sys::ioctl as numbers;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
-use rustix::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use rustix::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, opcode};
 use rustix::mm::{Advice, MapFlags, MprotectFlags, MremapFlags, ProtFlags, UserfaultfdFlags};
@@ -479,4 +479,15 @@ fn pointer(addr: u64) -> *mut c_void {
 pub(super) fn deny(span: Span) -> Result<()> {
     // SAFETY: the data is lost and the program must not go on with it; no Rust reference of usvm points there.
     unsafe { protect(span, false) }
+}
+
+/// Closes what is behind `fd` at once, whoever else still uses the descriptor: from then on it is an empty eventfd, and
+/// userfaultfd calls on it fail.
+pub(super) fn retire(fd: BorrowedFd<'_>) -> Result<()> {
+    let nothing = eventfd()?;
+    // SAFETY: both are open descriptors of ours; the number stays open and owned by whoever owns it.
+    if unsafe { libc::dup3(nothing.as_raw_fd(), fd.as_raw_fd(), libc::O_CLOEXEC) } < 0 {
+        return Err(Errno(std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EBADF)));
+    }
+    Ok(())
 }

@@ -350,6 +350,7 @@ impl Inner {
     fn finish(&self, state: u8) {
         self.host.unregister_all();
         self.service.stop();
+        self.host.close();
         self.control.stop();
         if let Err(e) = self.observer.trace.stop() {
             tracing::error!("the trace is incomplete: {e}");
@@ -438,6 +439,7 @@ fn in_child() {
     let mut had_one = false;
     with_current(|inner| {
         inner.state.store(IN_A_CHILD, Ordering::Release);
+        inner.host.close();
         had_one = true;
     });
     if had_one {

@@ -1,21 +1,22 @@
 //! A buddy allocator of offsets.
 //!
 //! # Overview
-//! Mirrors what i915's TTM backend asks of drm_buddy: blocks of 4 KiB and up, contiguous, naturally aligned, from either
-//! end of the region, or only below an offset (the CPU-visible part of a small BAR). It hands out numbers and never touches the memory
-//! behind them: all metadata is out of band.
+//! Mirrors what i915's TTM backend asks of drm_buddy: blocks of 4 KiB and up, contiguous, naturally aligned,
+//! from either end of the region, or only below an offset (the CPU-visible part of a small BAR). It hands out
+//! numbers and never touches the memory behind them: all metadata is out of band.
 //!
-//! Free blocks are kept in one ordered set for each order. The region may have any size that is a multiple of 4 KiB: it
-//! starts as the aligned powers of two that tile it, and since a block that reaches past the end is never free,
-//! merging needs no special case for the odd tail. A length that is no power of two gets the block of the next power, whose unused
-//! tail goes straight back, so accounting is exact to the page.
+//! Free blocks are kept in one ordered set for each order. The region may have any size that is a multiple of
+//! 4 KiB: it starts as the aligned powers of two that tile it, and since a block that reaches past the end is
+//! never free, merging needs no special case for the odd tail. A length that is no power of two gets the
+//! block of the next power, whose unused tail goes straight back, so accounting is exact to the page.
 //!
 //! # Locking
 //! None; the owner wraps it.
 //!
 //! # Limits
-//! Best fit by order, then by address: it does not search a larger order for a better address. An allocation is aligned to the next
-//! power of two of its length, so a length just above a power of two needs a free block of nearly twice its size.
+//! Best fit by order, then by address: it does not search a larger order for a better address. An allocation
+//! is aligned to the next power of two of its length, so a length just above a power of two needs a free
+//! block of nearly twice its size.
 
 use crate::ground::addr::{PAGE_SHIFT, SZ_4K, align_down, align_up};
 use crate::ground::error::{Error, Result};
@@ -78,8 +79,8 @@ impl Buddy {
         self.free.iter().rposition(|set| !set.is_empty()).map_or(0, block)
     }
 
-    /// Takes `len` bytes (rounded up to 4 KiB), contiguous, aligned to the next power of two of `len`. `None` when no
-    /// free block fits, or `len` is zero.
+    /// Takes `len` bytes (rounded up to 4 KiB), contiguous, aligned to the next power of two of `len`. `None`
+    /// when no free block fits, or `len` is zero.
     pub fn alloc(&mut self, len: u64, choose: Choose) -> Option<u64> {
         if len == 0 || len > self.size {
             return None;
@@ -93,15 +94,16 @@ impl Buddy {
         })?;
         self.free[order].remove(&at);
         self.free_bytes -= block(order);
-        // What the block has before and after the wanted piece stays free; neither can merge with what is around.
+        // What the block has before and after the wanted piece stays free; neither can merge with what is
+        // around.
         self.release(at, start - at);
         self.release(start + len, at + block(order) - (start + len));
         self.taken.insert(start, len);
         Some(start)
     }
 
-    /// Gives back what [`Buddy::alloc`] gave at `offset` and says how many bytes that were. Errors when nothing was
-    /// given out there.
+    /// Gives back what [`Buddy::alloc`] gave at `offset` and says how many bytes that were. Errors when
+    /// nothing was given out there.
     pub fn free(&mut self, offset: u64) -> Result<u64> {
         let len = self.taken.remove(&offset).ok_or_else(|| Error::Invalid {
             argument: "offset",

@@ -1,18 +1,19 @@
 //! Engines: a queue of jobs and the thread that runs them in order.
 //!
 //! # Overview
-//! A job has work, fences to wait for, and a fence of its own. The queue is strictly in order: a job whose fences
-//! are not over holds up what is behind it, as a ring does. A job that fails, or panics, ends with an error on its own fence
-//! and the engine goes on with the next. A job whose dependency failed does not run and ends with that error.
+//! A job has work, fences to wait for, and a fence of its own. The queue is strictly in order: a job whose
+//! fences are not over holds up what is behind it, as a ring does. A job that fails, or panics, ends with an
+//! error on its own fence and the engine goes on with the next. A job whose dependency failed does not run
+//! and ends with that error.
 //!
 //! # Locking
-//! Submitting is lock-free: an inbox and a futex wake-up. No lock is held while a job runs, but the one of [`super::shared`]
-//! while it uses a translation.
+//! Submitting is lock-free: an inbox and a futex wake-up. No lock is held while a job runs, but the one of
+//! [`super::shared`] while it uses a translation.
 //!
 //! # Limits
-//! A job that waits for one behind it in the same queue waits until the device is lost or dropped. A running job cannot be stopped,
-//! only its next access to memory fails; a device that is dropped under one that never accesses memory again leaves
-//! the thread behind after some seconds (it keeps what it uses alive).
+//! A job that waits for one behind it in the same queue waits until the device is lost or dropped. A running
+//! job cannot be stopped, only its next access to memory fails; a device that is dropped under one that never
+//! accesses memory again leaves the thread behind after some seconds (it keeps what it uses alive).
 
 use super::gpu::{Gpu, TILE};
 use super::inbox::Inbox;
@@ -83,8 +84,8 @@ fn panicked(payload: Box<dyn Any + Send>) -> Error {
 pub(super) enum Kind {
     Compute,
     Copy,
-    /// Reserved for the driver's own copies, which must never stand behind a job that waits for a fault: the fault
-    /// may need this copy. It uses no translations.
+    /// Reserved for the driver's own copies, which must never stand behind a job that waits for a fault: the
+    /// fault may need this copy. It uses no translations.
     Paging,
 }
 

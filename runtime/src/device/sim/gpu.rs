@@ -1,24 +1,25 @@
 //! What a kernel sees: memory, by GPU virtual address and no other way.
 //!
 //! # Overview
-//! A [`Gpu`] is lent to a job while it runs. Every access is cut into pieces that one translation covers; each piece is
-//! translated by the engine's TLB or a walk and done while the TLB's lock is held, so that an unbind
-//! which returned leaves no access behind. A piece without a (sufficient) translation is a fault: the device's
-//! [`FaultSink`] is asked to make one, with no lock held, and the piece is tried again. Where faults cannot be recovered from,
-//! the access is an error, which the job should return.
+//! A [`Gpu`] is lent to a job while it runs. Every access is cut into pieces that one translation covers;
+//! each piece is translated by the engine's TLB or a walk and done while the TLB's lock is held, so that an
+//! unbind which returned leaves no access behind. A piece without a (sufficient) translation is a fault: the
+//! device's [`FaultSink`] is asked to make one, with no lock held, and the piece is tried again. Where faults
+//! cannot be recovered from, the access is an error, which the job should return.
 //!
-//! Bulk data passes through the engine's local tile of 64 KiB, the shared local memory of real hardware. So no
-//! reference to device memory exists, and no lock is held while a caller's buffer is touched, which may itself be memory that
-//! has to be brought back first.
+//! Bulk data passes through the engine's local tile of 64 KiB, the shared local memory of real hardware. So
+//! no reference to device memory exists, and no lock is held while a caller's buffer is touched, which may
+//! itself be memory that has to be brought back first.
 //!
 //! # Locking
 //! The engine's TLB for one piece; nothing while the sink, a closure of the caller's, or the kernel works.
 //!
 //! # Limits
-//! Pages with [`Backing::System`](crate::space::ports::Backing::System) are reached by system call with no lock held,
-//! because such an access may have to wait for a CPU fault. An unbind does not wait for it; it is exactly as late, and as
-//! coherent, as an access of a CPU thread to the same address: it meets the application's memory or faults.
-//! Aligned single loads and stores of device memory are atomic; bulk accesses, and single ones to system pages, are not.
+//! Pages with [`Backing::System`](crate::space::ports::Backing::System) are reached by system call with no
+//! lock held, because such an access may have to wait for a CPU fault. An unbind does not wait for it; it is
+//! exactly as late, and as coherent, as an access of a CPU thread to the same address: it meets the
+//! application's memory or faults. Aligned single loads and stores of device memory are atomic; bulk
+//! accesses, and single ones to system pages, are not.
 
 use super::page_table::{Translation, VA_END};
 use super::shared::{Shared, Unit};
@@ -71,8 +72,8 @@ struct Bus<'a> {
 }
 
 impl<'a> Bus<'a> {
-    /// Does `op` on the first piece of `len` bytes at `addr`, faulting as often as it takes. `op` gets the piece and
-    /// how long it is.
+    /// Does `op` on the first piece of `len` bytes at `addr`, faulting as often as it takes. `op` gets the
+    /// piece and how long it is.
     fn access<R>(
         self,
         addr: u64,
@@ -180,11 +181,13 @@ fn access_name(access: GpuAccess) -> &'static str {
     }
 }
 
-/// A running job's view of the device. Every address is a GPU virtual address, which is the CPU's for the same data.
+/// A running job's view of the device. Every address is a GPU virtual address, which is the CPU's for the
+/// same data.
 ///
-/// Every method errors with what made the access impossible: [`Error::DeviceFault`] where faults are not recoverable,
-/// the fault sink's own error where they are, [`Error::DeviceLost`], [`Error::OutsideSpace`]. Part of
-/// the access may have been done by then. Return the error from the job; a job that swallows it is believed.
+/// Every method errors with what made the access impossible: [`Error::DeviceFault`] where faults are not
+/// recoverable, the fault sink's own error where they are, [`Error::DeviceLost`], [`Error::OutsideSpace`].
+/// Part of the access may have been done by then. Return the error from the job; a job that swallows it is
+/// believed.
 pub struct Gpu<'a> {
     bus: Bus<'a>,
     tile: &'a mut [u8],
@@ -274,8 +277,9 @@ impl<'a> Gpu<'a> {
         Ok(())
     }
 
-    /// Reads, changes and writes back `len` bytes at `addr`, in tiles of 64 KiB and a last shorter one. `f` gets each
-    /// tile and how far from `addr` it begins. Not atomic: what others store to a tile meanwhile is overwritten.
+    /// Reads, changes and writes back `len` bytes at `addr`, in tiles of 64 KiB and a last shorter one. `f`
+    /// gets each tile and how far from `addr` it begins. Not atomic: what others store to a tile meanwhile is
+    /// overwritten.
     pub fn update(&mut self, addr: u64, len: u64, mut f: impl FnMut(&mut [u8], u64)) -> Result<()> {
         check_range(addr, len)?;
         for (offset, n) in tiles(len) {

@@ -1,15 +1,15 @@
 //! A lock-free inbox: any thread puts, one thread takes all.
 //!
 //! # Overview
-//! An application thread submits work to an engine here. It must not hold a lock meanwhile, because its own stack may be
-//! migrated at any instruction and a service thread that waited for that lock could never bring it back.
-//! So the inbox is a linked stack that is pushed with one compare-and-swap and emptied with one swap, then reversed.
-//! Nothing is ever popped singly, so there is no ABA problem.
+//! An application thread submits work to an engine here. It must not hold a lock meanwhile, because its own
+//! stack may be migrated at any instruction and a service thread that waited for that lock could never bring
+//! it back. So the inbox is a linked stack that is pushed with one compare-and-swap and emptied with one
+//! swap, then reversed. Nothing is ever popped singly, so there is no ABA problem.
 //!
 //! # Safety
-//! Nodes are boxes turned into raw pointers. A node is owned by the stack from the successful compare-and-swap in
-//! [`Inbox::put`] on, and by the taker from the swap in [`Inbox::take_all`] on; nobody else ever reads through it, as
-//! pushers store the old head but never follow it.
+//! Nodes are boxes turned into raw pointers. A node is owned by the stack from the successful
+//! compare-and-swap in [`Inbox::put`] on, and by the taker from the swap in [`Inbox::take_all`] on; nobody
+//! else ever reads through it, as pushers store the old head but never follow it.
 #![allow(unsafe_code)]
 
 use std::ptr;
@@ -25,7 +25,8 @@ pub(super) struct Inbox<T> {
     head: AtomicPtr<Node<T>>,
 }
 
-// SAFETY: the inbox hands each item from the thread that put it to the one that takes it, and gives no references out.
+// SAFETY: the inbox hands each item from the thread that put it to the one that takes it, and gives no
+// references out.
 unsafe impl<T: Send> Sync for Inbox<T> {}
 // SAFETY: as above; it owns its items.
 unsafe impl<T: Send> Send for Inbox<T> {}

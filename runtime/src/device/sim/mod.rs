@@ -1,9 +1,9 @@
 //! The embedded device: device memory, a page table, engines and faults, without hardware.
 //!
 //! # Overview
-//! [`SimDevice`] is the device that usvm has when the machine has none, and the one that tests and policy comparisons
-//! run on. Its memory is a memfd; its kernels are Rust closures that reach memory only through its page table, by a
-//! [`Gpu`]; it faults as real devices do, recoverably or not.
+//! [`SimDevice`] is the device that usvm has when the machine has none, and the one that tests and policy
+//! comparisons run on. Its memory is a memfd; its kernels are Rust closures that reach memory only through
+//! its page table, by a [`Gpu`]; it faults as real devices do, recoverably or not.
 //!
 //! | room | what it does |
 //! |---|---|
@@ -16,22 +16,24 @@
 //! | `gpu` | what a kernel sees |
 //! | `profile` | modelled time |
 //!
-//! **Placement.** Device memory for data is taken anywhere: the CPU-visible part first, because copies to and from it need no engine, and
-//! what is beyond when that is full. The device's own page tables take no device memory.
+//! **Placement.** Device memory for data is taken anywhere: the CPU-visible part first, because copies to and
+//! from it need no engine, and what is beyond when that is full. The device's own page tables take no device
+//! memory.
 //!
-//! **Three engines.** Compute and copy run their users' jobs and may fault. With a small BAR a third one copies what
-//! callers cannot reach. It is reserved for that, as xe reserves a copy engine for migration: a job in the copy queue may be waiting
-//! for the very fault that this copy serves.
+//! **Three engines.** Compute and copy run their users' jobs and may fault. With a small BAR a third one
+//! copies what callers cannot reach. It is reserved for that, as xe reserves a copy engine for migration: a
+//! job in the copy queue may be waiting for the very fault that this copy serves.
 //!
 //! # Locking
-//! Submitting work, waiting for fences, [`SimDevice::lose`], statistics: lock-free, for any thread. Everything in
-//! [`ports::Device`](crate::space::ports::Device) takes short internal locks and waits for engines, each at most for one
-//! translation's worth of copying: for service threads, whose stacks never migrate. Jobs are boxed and engines read
-//! them: an application thread must have its allocations routed to usvm's own memory when it submits.
+//! Submitting work, waiting for fences, [`SimDevice::lose`], statistics: lock-free, for any thread.
+//! Everything in [`ports::Device`](crate::space::ports::Device) takes short internal locks and waits for
+//! engines, each at most for one translation's worth of copying: for service threads, whose stacks never
+//! migrate. Jobs are boxed and engines read them: an application thread must have its allocations routed to
+//! usvm's own memory when it submits.
 //!
 //! # Limits
-//! One address space. Kernels run one at a time in each queue. The link has no atomics. A forked child must not use its
-//! parent's device: submitting answers ESHUTDOWN there and dropping does nothing.
+//! One address space. Kernels run one at a time in each queue. The link has no atomics. A forked child must
+//! not use its parent's device: submitting answers ESHUTDOWN there and dropping does nothing.
 
 mod engine;
 mod gpu;
@@ -167,8 +169,8 @@ impl fmt::Debug for SimDevice {
 }
 
 impl SimDevice {
-    /// Starts a device. Errors when `config` makes no sense (the message says what to set instead), or the machine
-    /// has no memory or threads for it.
+    /// Starts a device. Errors when `config` makes no sense (the message says what to set instead), or the
+    /// machine has no memory or threads for it.
     pub fn new(config: SimConfig) -> Result<Arc<Self>> {
         config.validate()?;
         let buddy = Mutex::new(Buddy::new(config.vram_bytes)?);
@@ -188,8 +190,8 @@ impl SimDevice {
         }
     }
 
-    /// Who serves this device's faults from now on. The device keeps it until [`SimDevice::clear_fault_sink`]; a sink that
-    /// owns the device is a cycle which only that breaks.
+    /// Who serves this device's faults from now on. The device keeps it until
+    /// [`SimDevice::clear_fault_sink`]; a sink that owns the device is a cycle which only that breaks.
     pub fn set_fault_sink(&self, sink: Arc<dyn FaultSink>) {
         self.shared.set_sink(Some(sink));
     }
@@ -199,14 +201,14 @@ impl SimDevice {
         self.shared.set_sink(None);
     }
 
-    /// Runs `kernel` on the compute engine, after everything launched before. Lock-free. The fence ends with the kernel's own
-    /// result; a panic is an error of that kernel alone.
+    /// Runs `kernel` on the compute engine, after everything launched before. Lock-free. The fence ends with
+    /// the kernel's own result; a panic is an error of that kernel alone.
     pub fn launch(&self, kernel: impl FnOnce(&mut Gpu<'_>) -> Result<()> + Send + 'static) -> Fence {
         self.launch_after(&[], kernel)
     }
 
-    /// As [`SimDevice::launch`], when all of `after` is over too. If one of them failed, the kernel does not run and its
-    /// fence ends with that error.
+    /// As [`SimDevice::launch`], when all of `after` is over too. If one of them failed, the kernel does not
+    /// run and its fence ends with that error.
     pub fn launch_after(
         &self,
         after: &[Fence],
@@ -215,8 +217,8 @@ impl SimDevice {
         self.submit(&self.compute, after, Box::new(kernel))
     }
 
-    /// Has the copy engine copy `len` bytes from `src` to `dst` (GPU virtual addresses; they may overlap) after
-    /// everything given to it before and all of `after`. Lock-free.
+    /// Has the copy engine copy `len` bytes from `src` to `dst` (GPU virtual addresses; they may overlap)
+    /// after everything given to it before and all of `after`. Lock-free.
     pub fn copy_async(&self, after: &[Fence], dst: u64, src: u64, len: u64) -> Fence {
         self.submit(&self.copy, after, Box::new(move |gpu| gpu.copy(dst, src, len)))
     }
@@ -226,8 +228,9 @@ impl SimDevice {
         self.submit(&self.copy, after, Box::new(move |gpu| gpu.fill(dst, len, byte)))
     }
 
-    /// The device is gone, as after a reset that failed. Running jobs end at their next access and queued ones at once, all
-    /// with [`Error::DeviceLost`]; so does every later operation. Unbinding and freeing still work. The first reason stays.
+    /// The device is gone, as after a reset that failed. Running jobs end at their next access and queued
+    /// ones at once, all with [`Error::DeviceLost`]; so does every later operation. Unbinding and freeing
+    /// still work. The first reason stays.
     pub fn lose(&self, reason: impl Into<String>) {
         self.shared.lose(reason.into());
     }
@@ -291,8 +294,8 @@ impl SimDevice {
         Err(Error::Invalid { argument: "bo", reason })
     }
 
-    /// Does `action` to `len` bytes at `offset`: here as far as the caller can reach, by the paging engine beyond. Says whether it
-    /// held for all of them.
+    /// Does `action` to `len` bytes at `offset`: here as far as the caller can reach, by the paging engine
+    /// beyond. Says whether it held for all of them.
     fn perform(&self, offset: u64, len: u64, action: Action) -> Result<bool> {
         self.shared.status()?;
         let reach = self.shared.vram.visible_len().saturating_sub(offset).min(len);
@@ -434,7 +437,8 @@ fn stop<'a>(shared: &Shared, engines: impl Iterator<Item = &'a mut Engine>) {
         engines.into_iter().for_each(Engine::abandon);
         return;
     }
-    // The sink is kept: a job that is in it, or faults on its way out, needs it. It goes with the last engine.
+    // The sink is kept: a job that is in it, or faults on its way out, needs it. It goes with the last
+    // engine.
     shared.stop();
     engines.iter().for_each(|e| e.wake());
     engines.into_iter().for_each(Engine::join);

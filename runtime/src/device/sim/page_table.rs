@@ -1,17 +1,18 @@
 //! The device's page table: four levels over a 48-bit address space, with 4 KiB, 64 KiB and 2 MiB entries.
 //!
 //! # Overview
-//! An [`Entry`] is one 64-bit word as hardware has it: valid, writable, system, referenced, size, address. Third-level
-//! slots hold a 2 MiB entry or a table of 512 small ones; a 64 KiB entry lives in the first of its sixteen slots and
-//! the other fifteen stay empty. Binding replaces whatever was there, and unbinding part of a larger entry
-//! splits it and keeps the rest. A table that became empty is freed at once.
+//! An [`Entry`] is one 64-bit word as hardware has it: valid, writable, system, referenced, size, address.
+//! Third-level slots hold a 2 MiB entry or a table of 512 small ones; a 64 KiB entry lives in the first of
+//! its sixteen slots and the other fifteen stay empty. Binding replaces whatever was there, and unbinding
+//! part of a larger entry splits it and keeps the rest. A table that became empty is freed at once.
 //!
 //! # Locking
-//! The owner wraps it in a read-write lock: engines walk it under the read side and set the referenced bit there with
-//! an atomic or; binding and unbinding take the write side.
+//! The owner wraps it in a read-write lock: engines walk it under the read side and set the referenced bit
+//! there with an atomic or; binding and unbinding take the write side.
 //!
 //! # Limits
-//! One referenced bit for each entry, whatever its size. A split hands the bit of the whole to all of its parts.
+//! One referenced bit for each entry, whatever its size. A split hands the bit of the whole to all of its
+//! parts.
 
 use crate::ground::addr::{SZ_2M, SZ_4K, SZ_64K, Span};
 use crate::ground::error::{Error, Result};
@@ -219,6 +220,16 @@ impl Leaves {
         self.entry(slot).map(|_| slot)
     }
 
+    /// Calls `f` once for each entry that translates some of `first..end`.
+    fn for_each(&self, first: usize, end: usize, f: &mut impl FnMut(&AtomicU64)) {
+        let mut last = None;
+        for slot in (first..end).filter_map(|page| self.find(page)) {
+            if last.replace(slot) != Some(slot) {
+                f(&self.words[slot]);
+            }
+        }
+    }
+
     fn put(&mut self, slot: usize, entry: Entry) {
         let old = std::mem::replace(self.words[slot].get_mut(), entry.0);
         self.used += usize::from(old == 0);
@@ -300,8 +311,9 @@ impl PageTable {
         Some(Translation { va: va & !(entry.size().bytes() - 1), entry })
     }
 
-    /// Maps `span` to `backing`, with the largest entries that the alignment of both sides allows. Says what was there.
-    /// Errors when the span is empty, not page-aligned or past the 48-bit space, or the offset is not page-aligned.
+    /// Maps `span` to `backing`, with the largest entries that the alignment of both sides allows. Says what
+    /// was there. Errors when the span is empty, not page-aligned or past the 48-bit space, or the offset is
+    /// not page-aligned.
     pub(super) fn bind(&mut self, span: Span, backing: Backing, access: GpuAccess) -> Result<Removed> {
         check(span)?;
         let (base, system) = match backing {
@@ -372,19 +384,19 @@ impl PageTable {
         let end = span.end.min(VA_END);
         let mut at = span.start;
         while at < end {
+            let Some(upper) = &self.root.slots[index(at, SHIFT_512G)] else {
+                at = next(at, SHIFT_512G);
+                continue;
+            };
+            let Some(directory) = &upper.slots[index(at, SHIFT_1G)] else {
+                at = next(at, SHIFT_1G);
+                continue;
+            };
             let stop = end.min(next(at, SHIFT_2M));
-            match self.block(at) {
+            match &directory.slots[index(at, SHIFT_2M)] {
                 None => {}
                 Some(Block::Huge(word)) => f(word),
-                Some(Block::Small(leaves)) => {
-                    let pages = index(at, 12)..=index(stop - 1, 12);
-                    let mut last = None;
-                    for slot in pages.filter_map(|p| leaves.find(p)) {
-                        if last.replace(slot) != Some(slot) {
-                            f(&leaves.words[slot]);
-                        }
-                    }
-                }
+                Some(Block::Small(leaves)) => leaves.for_each(index(at, 12), index(stop - 1, 12) + 1, &mut f),
             }
             at = stop;
         }
@@ -587,7 +599,7 @@ mod tests {
             assert!(table.translate(span.end - 1, GpuAccess::Atomic).is_some());
             assert!(!table.take_referenced(Span::sized(span.end, SZ_2M)), "next door");
             assert!(table.take_referenced(Span::sized(span.end - SZ_4K, SZ_4K)));
-            assert!(!table.take_referenced(span));
+            assert!(!table.take_referenced(Span::new(0, u64::MAX)), "the whole space, quickly");
             assert_eq!(table.unbind(span), Removed { any: true, referenced: false });
         }
     }

@@ -1,23 +1,25 @@
 //! Profiles of real devices, and the time that they would have taken.
 //!
 //! # Overview
-//! The simulated device runs at the speed of the machine it runs on. A [`Profile`] says what a real one costs, and a
-//! ledger counts what was moved, so that [`Modelled`] can say how long that would have taken there. Modelled time is
-//! a sum of costs, never a measurement, and is never mixed with one: everything that shows it must call it modelled.
+//! The simulated device runs at the speed of the machine it runs on. A [`Profile`] says what a real one
+//! costs, and a ledger counts what was moved, so that [`Modelled`] can say how long that would have taken
+//! there. Modelled time is a sum of costs, never a measurement, and is never mixed with one: everything that
+//! shows it must call it modelled.
 //!
 //! # Limits
-//! No overlap, no contention, no latency of single accesses: each part is bytes over bandwidth or a count times a cost.
-//! Nothing overlaps, so the parts may add up to more than a real device would take.
+//! No overlap, no contention, no latency of single accesses: each part is bytes over bandwidth or a count
+//! times a cost. Nothing overlaps, so the parts may add up to more than a real device would take.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// What a device costs. Bandwidths are in gigabytes (10⁹ bytes) per second, one direction; times in microseconds.
+/// What a device costs. Bandwidths are in gigabytes (10⁹ bytes) per second, one direction; times in
+/// microseconds.
 ///
-/// Where the numbers come from: bandwidths are the vendor's published peak figures (product pages). Links
-/// are PCI Express peak rates after line coding: 4.0 ×8 15.75, 4.0 ×16 31.5, 5.0 ×16 63.0. Of faults, one breakdown is
-/// published for Intel's driver, on Battlemage: 132 µs for 2 MiB with huge device pages, of which the copy is 106
-/// (F. Dugast, dri-devel, January 2026); the 26 that are left are used for every Intel profile. A submission through
-/// the GuC is about 30 µs (intel-xe list, March 2026).
+/// Where the numbers come from: bandwidths are the vendor's published peak figures (product pages). Links are
+/// PCI Express peak rates after line coding: 4.0 ×8 15.75, 4.0 ×16 31.5, 5.0 ×16 63.0. Of faults, one
+/// breakdown is published for Intel's driver, on Battlemage: 132 µs for 2 MiB with huge device pages, of
+/// which the copy is 106 (F. Dugast, dri-devel, January 2026); the 26 that are left are used for every Intel
+/// profile. A submission through the GuC is about 30 µs (intel-xe list, March 2026).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Profile {
     /// Name for people and for `USVM_DEVICE=sim:<name>`.
@@ -35,8 +37,8 @@ pub struct Profile {
 }
 
 impl Profile {
-    /// The constants of the UVM simulation literature (gpgpu-sim UVMSmart): PCIe 3.0 ×16 at 16 GB/s, a far fault of
-    /// 45 µs; a GTX 1080 Ti's 484 GB/s of memory, and the submission cost of the others.
+    /// The constants of the UVM simulation literature (gpgpu-sim UVMSmart): PCIe 3.0 ×16 at 16 GB/s, a far
+    /// fault of 45 µs; a GTX 1080 Ti's 484 GB/s of memory, and the submission cost of the others.
     pub const GENERIC: Self = Self {
         name: "generic",
         link_gbps: 16.0,
@@ -45,8 +47,8 @@ impl Profile {
         submit_us: 30.0,
         recoverable_faults: true,
     };
-    /// Arc A770 16 GB: PCIe 4.0 ×16, 256-bit GDDR6 at 17.5 Gbit/s. DG2 has no recoverable faults; the fault cost counts
-    /// only where a simulation switches them on.
+    /// Arc A770 16 GB: PCIe 4.0 ×16, 256-bit GDDR6 at 17.5 Gbit/s. DG2 has no recoverable faults; the fault
+    /// cost counts only where a simulation switches them on.
     pub const ARC_A770: Self = Self {
         name: "arc-a770",
         link_gbps: 31.5,

@@ -2,16 +2,17 @@
 //!
 //! # Overview
 //! A [`Backing::System`](crate::space::ports::Backing::System) mapping is used with process_vm_readv and
-//! process_vm_writev on this very process: the kernel does the access at the application's address, so a page that went
-//! away is an EFAULT for the device and never a crash of the program. A page that waits under userfaultfd is
-//! served like any CPU access, as long as the userfaultfd handles kernel-mode faults.
+//! process_vm_writev on this very process: the kernel does the access at the application's address, so a page
+//! that went away is an EFAULT for the device and never a crash of the program. A page that waits under
+//! userfaultfd is served like any CPU access, as long as the userfaultfd handles kernel-mode faults.
 //!
 //! # Limits
-//! A store of one word may be torn, and there are no atomics: the kernel copies bytes. A seccomp filter that forbids
-//! these calls makes every such access fail with EPERM or ENOSYS.
+//! A store of one word may be torn, and there are no atomics: the kernel copies bytes. A seccomp filter that
+//! forbids these calls makes every such access fail with EPERM or ENOSYS.
 //!
 //! # Safety
-//! Addresses of the device's are given to the kernel only, which checks them; the local side is always a slice.
+//! Addresses of the device's are given to the kernel only, which checks them; the local side is always a
+//! slice.
 #![allow(unsafe_code)]
 
 use crate::ground::error::Errno;
@@ -20,7 +21,8 @@ use crate::ground::error::Errno;
 pub(super) fn read(addr: u64, to: &mut [u8]) -> Result<usize, Errno> {
     let local = libc::iovec { iov_base: to.as_mut_ptr().cast(), iov_len: to.len() };
     let remote = libc::iovec { iov_base: addr as *mut libc::c_void, iov_len: to.len() };
-    // SAFETY: one local buffer, exclusively borrowed and of the given length; the kernel checks the remote one.
+    // SAFETY: one local buffer, exclusively borrowed and of the given length; the kernel checks the remote
+    // one.
     progress(unsafe { libc::process_vm_readv(own_pid(), &local, 1, &remote, 1, 0) })
 }
 
@@ -28,8 +30,8 @@ pub(super) fn read(addr: u64, to: &mut [u8]) -> Result<usize, Errno> {
 pub(super) fn write(addr: u64, from: &[u8]) -> Result<usize, Errno> {
     let local = libc::iovec { iov_base: from.as_ptr().cast_mut().cast(), iov_len: from.len() };
     let remote = libc::iovec { iov_base: addr as *mut libc::c_void, iov_len: from.len() };
-    // SAFETY: the kernel only reads the local buffer, a live slice of the given length, and checks the remote one.
-    // What it overwrites there is what the application gave the device to write.
+    // SAFETY: the kernel only reads the local buffer, a live slice of the given length, and checks the remote
+    // one. What it overwrites there is what the application gave the device to write.
     progress(unsafe { libc::process_vm_writev(own_pid(), &local, 1, &remote, 1, 0) })
 }
 

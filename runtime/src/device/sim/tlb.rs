@@ -1,8 +1,9 @@
 //! The translation cache of one engine.
 //!
 //! # Overview
-//! Set-associative, one array for each page size, replaced round robin. It holds copies of page-table entries, so it
-//! can be stale exactly as hardware's can: whoever changes an entry must invalidate it here, in every engine.
+//! Set-associative, one array for each page size, replaced round robin. It holds copies of page-table
+//! entries, so it can be stale exactly as hardware's can: whoever changes an entry must invalidate it here,
+//! in every engine.
 //!
 //! # Locking
 //! The owner wraps it in a lock that an engine holds while it uses one translation. See [`super::engine`].

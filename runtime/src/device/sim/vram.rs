@@ -1,23 +1,25 @@
 //! Device memory: a memfd, mapped for the device in full and for its callers as far as the BAR reaches.
 //!
 //! # Overview
-//! The file has a sealed size and is mapped shared. With a small BAR there are two mappings: the callers' one really ends at
-//! the visible size, so code that copies past it crashes in a test instead of working by luck, and the
-//! device's own one has everything. Neither is inherited by a fork, neither goes into a core dump; both ask for huge pages.
+//! The file has a sealed size and is mapped shared. With a small BAR there are two mappings: the callers' one
+//! really ends at the visible size, so code that copies past it crashes in a test instead of working by luck,
+//! and the device's own one has everything. Neither is inherited by a fork, neither goes into a core dump;
+//! both ask for huge pages.
 //!
 //! # Locking
-//! None. Several engines and callers may copy to and from the same bytes at once, as on hardware: what they then see
-//! is torn, bytes old or new. Who must not see that waits for fences or unbinds first.
+//! None. Several engines and callers may copy to and from the same bytes at once, as on hardware: what they
+//! then see is torn, bytes old or new. Who must not see that waits for fences or unbinds first.
 //!
 //! # Limits
-//! Memory that was touched once stays allocated until the device is gone, free or not. Whether the
-//! machine has as much memory as the device is not asked: too large a device dies by the kernel's hand when it is filled, or fails
-//! to start when it is prefaulted.
+//! Memory that was touched once stays allocated until the device is gone, free or not. Whether the machine
+//! has as much memory as the device is not asked: too large a device dies by the kernel's hand when it is
+//! filled, or fails to start when it is prefaulted.
 //!
 //! # Safety
-//! All raw access to device memory is in this file. A [`Window`] is a bounds-checked part of a live mapping; no
-//! reference to plain bytes of it is ever made, only raw copies into and out of slices and atomics on aligned words.
-//! Host memory is reached only through a [`HostPiece`], whose two promises are written at its constructor.
+//! All raw access to device memory is in this file. A [`Window`] is a bounds-checked part of a live mapping;
+//! no reference to plain bytes of it is ever made, only raw copies into and out of slices and atomics on
+//! aligned words. Host memory is reached only through a [`HostPiece`], whose two promises are written at its
+//! constructor.
 #![allow(unsafe_code)]
 
 use crate::ground::error::{Errno, Error, Result};
@@ -73,7 +75,8 @@ struct Mapping {
     owner: rustix::process::Pid,
 }
 
-// SAFETY: the mapping is plain memory that lives as long as this value, and is only touched as the module says.
+// SAFETY: the mapping is plain memory that lives as long as this value, and is only touched as the module
+// says.
 unsafe impl Send for Mapping {}
 // SAFETY: as above.
 unsafe impl Sync for Mapping {}
@@ -105,7 +108,8 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         // A forked child did not inherit the mapping; something else may be at its address there.
         if rustix::process::getpid() == self.owner {
-            // SAFETY: the mapping was made by `new`, and windows borrow what owns it. Unmapping cannot usefully fail.
+            // SAFETY: the mapping was made by `new`, and windows borrow what owns it. Unmapping cannot
+            // usefully fail.
             let _ = unsafe { mm::munmap(self.base.as_ptr().cast(), self.len) };
         }
     }
@@ -123,8 +127,8 @@ pub(super) struct Vram {
 }
 
 impl Vram {
-    /// `len` bytes of which callers reach the first `visible`; both are multiples of 4 KiB and `visible` is at most
-    /// `len`. `prefault` populates all of it before this returns.
+    /// `len` bytes of which callers reach the first `visible`; both are multiples of 4 KiB and `visible` is
+    /// at most `len`. `prefault` populates all of it before this returns.
     pub(super) fn new(len: u64, visible: u64, prefault: bool) -> Result<Self> {
         let file = backing_file(len)?;
         let bytes = usize::try_from(len).map_err(|_| too_large(len))?;
@@ -198,8 +202,9 @@ macro_rules! atomic_views {
         /// The word at the window's start. Panics when the window is shorter, or not aligned to the word.
         pub(super) fn $name(&self) -> &'a $atomic {
             assert!(self.len >= size_of::<$atomic>() && (self.base as usize).is_multiple_of(size_of::<$atomic>()));
-            // SAFETY: in bounds and aligned (just checked), mapped for 'a. Racing raw copies are the device's nature: the
-            // memory is shared with the file's other mapping and never read through a plain reference.
+            // SAFETY: in bounds and aligned (just checked), mapped for 'a. Racing raw copies are the device's
+            // nature: the memory is shared with the file's other mapping and never read through a plain
+            // reference.
             unsafe { <$atomic>::from_ptr(self.base.cast()) }
         }
     )*};
@@ -266,8 +271,9 @@ impl<'a> Window<'a> {
 
 /// Host memory to copy from or to: a part of a shadow.
 ///
-/// It carries two promises that the type cannot: a [`Shadow`] is made by the host floor only and is mapped, readable and
-/// writable; and whoever makes a piece keeps the shadow borrowed until the last copy that uses it is over.
+/// It carries two promises that the type cannot: a [`Shadow`] is made by the host floor only and is mapped,
+/// readable and writable; and whoever makes a piece keeps the shadow borrowed until the last copy that uses
+/// it is over.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct HostPiece {
     addr: usize,
