@@ -92,8 +92,6 @@ calls! {
     ThreadSpawn,
     /// process_vm_readv(2), process_vm_writev(2).
     ProcessVm,
-    /// getrusage(2).
-    Getrusage,
     /// An ioctl of a DRM driver.
     DrmIoctl,
 }

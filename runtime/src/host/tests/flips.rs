@@ -357,10 +357,10 @@ fn shadow_pages_never_come_back() {
         let shadow = host.shadow_alloc(SZ_2M).unwrap();
         assert!(host.present(shadow.span).is_empty());
         let moved = host.flip_out(area.span, &shadow, &mask(&[(0, 100)])).unwrap();
-        host.shadow_release(&shadow);
+        host.shadow_release(&shadow, &all(shadow.span));
         assert!(host.present(shadow.span).is_empty());
         assert_eq!(get(shadow.span.start), 0, "a released slot reads as zeroes, by the kernel's doing");
-        host.shadow_release(&shadow);
+        host.shadow_release(&shadow, &all(shadow.span));
         // Still good for flips.
         let more = host.flip_out(area.span, &shadow, &mask(&[(100, 100)])).unwrap();
         verify_pages(shadow.span, &more);

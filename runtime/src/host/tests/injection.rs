@@ -44,7 +44,6 @@ const CALLS: [Call; 24] = [
     Call::Read,
     Call::Poll,
     Call::Eventfd,
-    Call::Getrusage,
 ];
 
 /// Plans are one for each call: tests with plans take turns.
@@ -92,7 +91,7 @@ fn survive(host: &Arc<Host>, area: &Area, there: &PageMask, plan: impl Fn() -> P
     let mut out = plan_during(&plan, || {
         let _ = (host.present(part), host.populated(part), host.is_registered(part), host.is_huge(part));
         let _ = host.find_vma(part.start);
-        let _ = (host.track(part), host.written(part), host.fault_stamp());
+        let _ = (host.track(part), host.take_written(part));
         host.flip_out(part, &shadow, &all(part)).unwrap_or_else(|stop| stop.moved)
     });
     assert_eq!(out.minus(&there), PageMask::EMPTY);
