@@ -9,14 +9,11 @@
 #ifndef USVM_REF_H
 #define USVM_REF_H
 
-#ifdef __KERNEL__
 #include <linux/types.h>
+#ifdef __KERNEL__
 #include <linux/ioctl.h>
 #else
-#include <stdint.h>
 #include <sys/ioctl.h>
-typedef uint32_t __u32;
-typedef uint64_t __u64;
 #endif
 
 #define USVM_REF_MAX_CHUNKS 8

@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+/*
+ * How long the kernel takes for each operation on 2 MiB, beside memcpy of 2 MiB in the same machine. Median of 15 after
+ * two rounds of warm-up. The figures of an emulated CPU mean something only as ratios.
+ */
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/utsname.h>
+#include "driver.h"
+
+#define MB2	(2ul << 20)
+#define ROUNDS	17
+#define WARM	2
+#define MANY	64
+
+struct timing { const char *name; double median_us, p90_us; unsigned n, per; };
+
+static struct timing timings[64];
+static unsigned ntimings;
+static const struct usvm_ref_ctx rw_ctx = { .flags = USVM_REF_OWNER | USVM_REF_DEVMEM_POSSIBLE };
+
+static int by_value(const void *a, const void *b)
+{
+	double x = *(const double *)a, y = *(const double *)b;
+
+	return (x > y) - (x < y);
+}
+
+/* `per`: 2 MiB ranges that one sample covers; the figure is per range. */
+static void record(const char *name, double *us, unsigned per)
+{
+	double *s = us + WARM;
+	unsigned n = ROUNDS - WARM;
+
+	for (unsigned i = 0; i < n; i++)
+		s[i] /= per;
+	qsort(s, n, sizeof(*s), by_value);
+	timings[ntimings++] = (struct timing){ name, s[n / 2], s[n * 9 / 10], n, per };
+}
+
+static void on(unsigned long cmd, uint64_t at, uint32_t flags)
+{
+	struct usvm_ref_on_range r = { .addr = at, .ctx = rw_ctx };
+
+	r.ctx.flags |= flags;
+	/* A migration of untouched memory answers EBUSY the first time although it happened. */
+	for (int i = 0; i < 3; i++)
+		if (!ioctl(ref_fd, cmd, &r))
+			return;
+	die("bench operation");
+}
+
+static void find(uint64_t at)
+{
+	struct usvm_ref_find f = { .addr = at, .gpuva_end = ~0ull, .ctx = rw_ctx };
+
+	if (ioctl(ref_fd, USVM_REF_FIND, &f) || f.out.end - f.out.start != MB2)
+		die("bench find");
+}
+
+static void fresh(uint64_t count, bool huge)
+{
+	munmap((void *)arena, MANY * MB2);
+	struct usvm_ref_on_range r = { 0 };
+	ioctl(ref_fd, USVM_REF_GC, &r);
+	if (mmap((void *)arena, count * MB2, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) ==
+	    MAP_FAILED)
+		die("bench mmap");
+	madvise((void *)arena, count * MB2, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+}
+
+static void dirty(uint64_t at)
+{
+	for (uint64_t i = 0; i < MB2; i += PAGE)
+		*(volatile uint64_t *)(at + i) = i;
+}
+
+#define TIMED(slot, ...) do { uint64_t t_ = now_ns(); __VA_ARGS__; (slot) = (now_ns() - t_) / 1e3; } while (0)
+
+static void bench_memcpy(void)
+{
+	char *a = aligned_alloc(MB2, MB2), *b = aligned_alloc(MB2, MB2);
+	double us[ROUNDS];
+
+	memset(a, 1, MB2);
+	memset(b, 2, MB2);
+	for (int i = 0; i < ROUNDS; i++)
+		TIMED(us[i], for (int k = 0; k < 4; k++) memcpy(a, b, MB2));
+	record("memcpy_2m", us, 4);
+	free(a);
+	free(b);
+}
+
+static const char *name_of(const char *what, bool huge)
+{
+	char *s = malloc(64);
+
+	snprintf(s, 64, "%s_%s", what, huge ? "huge" : "4k");
+	return s;
+}
+
+static void bench_one(bool huge)
+{
+	double nw[ROUNDS], old[ROUNDS], untouched[ROUNDS], touched[ROUNDS], valid[ROUNDS], todev[ROUNDS], back[ROUNDS];
+	double clean[ROUNDS];
+
+	for (int i = 0; i < ROUNDS; i++) {
+		fresh(1, huge);
+		TIMED(nw[i], find(arena));
+		TIMED(old[i], find(arena));
+		TIMED(untouched[i], on(USVM_REF_GET_PAGES, arena, 0));
+		dirty(arena);
+		on(USVM_REF_UNMAP_PAGES, arena, 0);
+		TIMED(touched[i], on(USVM_REF_GET_PAGES, arena, 0));
+		TIMED(valid[i], on(USVM_REF_GET_PAGES, arena, 0));
+		TIMED(todev[i], on(USVM_REF_MIGRATE, arena, 0); on(USVM_REF_GET_PAGES, arena, 0));
+		TIMED(back[i], *(volatile uint64_t *)arena += 1);
+		/* The device only reads it; the kernel keeps no copy, so the way back is the same. */
+		on(USVM_REF_MIGRATE, arena, 0);
+		on(USVM_REF_GET_PAGES, arena, USVM_REF_READ_ONLY);
+		TIMED(clean[i], (void)*(volatile uint64_t *)arena);
+	}
+	record(name_of("find_new", huge), nw, 1);
+	record(name_of("find_existing", huge), old, 1);
+	record(name_of("get_pages_untouched", huge), untouched, 1);
+	record(name_of("get_pages_touched", huge), touched, 1);
+	record(name_of("get_pages_valid", huge), valid, 1);
+	record(name_of("to_device_2m", huge), todev, 1);
+	record(name_of("cpu_fault_return_2m", huge), back, 1);
+	record(name_of("clean_return_2m", huge), clean, 1);
+}
+
+static void bench_many(bool huge)
+{
+	double pingpong[ROUNDS], evict[ROUNDS], devevict[ROUNDS];
+
+	fresh(MANY, huge);
+	for (uint64_t i = 0; i < MANY; i++) {
+		find(arena + i * MB2);
+		dirty(arena + i * MB2);
+	}
+	for (int r = 0; r < ROUNDS; r++) {
+		TIMED(pingpong[r], for (uint64_t i = 0; i < MANY; i++) {
+			on(USVM_REF_MIGRATE, arena + i * MB2, 0);
+			on(USVM_REF_GET_PAGES, arena + i * MB2, 0);
+			*(volatile uint64_t *)(arena + i * MB2) += 1;
+		});
+		for (uint64_t i = 0; i < MANY; i++)
+			on(USVM_REF_MIGRATE, arena + i * MB2, 0);
+		TIMED(evict[r], for (uint64_t i = 0; i < MANY; i++) on(USVM_REF_EVICT, arena + i * MB2, 0));
+		for (uint64_t i = 0; i < MANY; i++)
+			on(USVM_REF_MIGRATE, arena + i * MB2, 0);
+		TIMED(devevict[r], struct usvm_ref_on_range d = { .value = MANY };
+		      if (ioctl(ref_fd, USVM_REF_DEVEVICT, &d) || d.value != MANY) die("bench devevict"));
+	}
+	record(name_of("ping_pong_64", huge), pingpong, MANY);
+	record(name_of("evict_64", huge), evict, MANY);
+	record(name_of("devevict_64", huge), devevict, MANY);
+}
+
+int run_bench(FILE *out)
+{
+	struct usvm_ref_create c = {
+		.mm_start = arena, .mm_range = MANY * MB2, .notifier_size = 512ul << 20,
+		.chunks = { MB2, 64 << 10, PAGE }, .num_chunks = 3,
+	};
+	struct utsname uts;
+
+	uname(&uts);
+	if (ioctl(ref_fd, USVM_REF_CREATE, &c))
+		die("bench create");
+	bench_memcpy();
+	for (int huge = 0; huge < 2; huge++) {
+		bench_one(huge);
+		bench_many(huge);
+	}
+	fprintf(out, "{\"kernel\":\"%s\",\"note\":\"emulated CPU: only the ratios mean something\",\"results\":[\n",
+		uts.release);
+	for (unsigned i = 0; i < ntimings; i++)
+		fprintf(out, "{\"name\":\"%s\",\"unit\":\"us\",\"median\":%.3f,\"p90\":%.3f,\"n\":%u,\"baseline\":\"memcpy_2m\","
+			"\"baseline_median\":%.3f,\"ratio\":%.4f}%s\n", timings[i].name, timings[i].median_us, timings[i].p90_us,
+			timings[i].n, timings[0].median_us, timings[i].median_us / timings[0].median_us,
+			i + 1 < ntimings ? "," : "");
+	fprintf(out, "]}\n");
+	return 0;
+}
