@@ -5,12 +5,14 @@
  *   driver script NAME SCRIPT TRACE
  *   driver random CONFIG SEED OPS TRACE
  *   driver bench OUT.json
+ *   driver idle                 keeps khugepaged asleep
  */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/utsname.h>
 #include <time.h>
 #include <unistd.h>
@@ -46,14 +48,50 @@ uint64_t now_ns(void)
 	return t.tv_sec * 1000000000ull + t.tv_nsec;
 }
 
-/* The kernel must change nothing behind the trace's back. */
+/*
+ * The kernel must change nothing behind the trace's back, so khugepaged must sleep. It makes a pass when it is started
+ * (when THP comes from `never`, so that mode is not used), when its list of processes was empty, and every
+ * scan_sleep_millisecs. `driver idle` stays on the list and makes the sleep endless. A trace is refused if khugepaged
+ * collapsed anything while it was recorded.
+ */
+#define KHUGEPAGED "/sys/kernel/mm/transparent_hugepage/khugepaged/"
+
+static unsigned khugepaged_counter(const char *path)
+{
+	FILE *f = fopen(path, "r");
+	unsigned n = 0;
+
+	if (!f || fscanf(f, "%u", &n) != 1)
+		die(path);
+	fclose(f);
+	return n;
+}
+
+static unsigned collapsed_before;
+
 static void quiet_kernel(void)
 {
-	write_file("/sys/kernel/mm/transparent_hugepage/khugepaged/defrag", "0");
-	write_file("/sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs", "4000000000");
 	write_file("/sys/kernel/mm/transparent_hugepage/defrag", "always");
 	write_file("/proc/sys/vm/nr_hugepages", "16");
 	set_thp("madvise");
+	collapsed_before = khugepaged_counter(KHUGEPAGED "pages_collapsed");
+}
+
+static __attribute__((noreturn)) void idle(void)
+{
+	void *p = mmap(NULL, 4 << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	write_file(KHUGEPAGED "pages_to_scan", "1000000000");
+	if (p == MAP_FAILED || madvise(p, 4 << 20, MADV_HUGEPAGE))
+		die("idle");
+	write_file(KHUGEPAGED "scan_sleep_millisecs", "4000000000");
+	usleep(1000000);	/* the pass that this started */
+	printf("driver: khugepaged made %u passes\n", khugepaged_counter(KHUGEPAGED "full_scans"));
+	fflush(stdout);
+	if (mkdir("/tmp/idle", 0700))
+		die("/tmp/idle");
+	for (;;)
+		pause();
 }
 
 static void open_trace(const char *path, const char *name)
@@ -85,6 +123,10 @@ static void finish(uint64_t t0)
 	fprintf(trace, "end %llu\n", (unsigned long long)op_count);
 	if (fclose(trace))
 		die("trace");
+	trace = NULL;
+	errno = EBUSY;
+	if (khugepaged_counter(KHUGEPAGED "pages_collapsed") != collapsed_before)
+		die("khugepaged was awake");
 	printf("%llu operations, %.2f s, %.0f/s\n", (unsigned long long)op_count, seconds, op_count / seconds);
 }
 
@@ -124,6 +166,8 @@ int main(int argc, char **argv)
 
 	if (argc == 2 && !strcmp(argv[1], "noop"))
 		return 0;
+	if (argc == 2 && !strcmp(argv[1], "idle"))
+		idle();
 	quiet_kernel();
 	t0 = now_ns();
 	if (argc == 5 && !strcmp(argv[1], "script")) {

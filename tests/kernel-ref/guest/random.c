@@ -45,13 +45,13 @@ struct config {
 };
 
 static const struct config configs[] = {
-	{ "chunks", 0x1000000000, 16 << 20, "512M 2M,64K,4K", "never", 5, 80, 30, 20, 10, 5, 45, 10, 2, 0,
+	{ "chunks", 0x1000000000, 16 << 20, "512M 2M,64K,4K", "madvise", 5, 80, 30, 20, 10, 5, 45, 10, 2, 0,
 	  { "0", "0", "64K", "2M" } },
 	{ "windows", 0x1000000000, 16 << 20, "4M 2M,64K,4K", "madvise", 10, 80, 30, 20, 10, 5, 45, 10, 2, 0,
 	  { "0", "64K", "64K", "2M" } },
 	{ "edge512", 0x0fff800000, 16 << 20, "512M 2M,64K,4K", "always", 20, 90, 30, 20, 10, 5, 45, 5, 5, 0,
 	  { "0", "64K", "64K", "2M" } },
-	{ "migrate", 0x1000000000, 16 << 20, "512M 2M,64K,4K", "never", 45, 90, 15, 5, 15, 5, 35, 0, 5, 1,
+	{ "migrate", 0x1000000000, 16 << 20, "512M 2M,64K,4K", "madvise", 45, 90, 15, 5, 15, 5, 35, 0, 5, 1,
 	  { "0", "0", "64K", "2M" } },
 	{ "huge", 0x1000000000, 16 << 20, "512M 2M,64K,4K", "always", 45, 90, 15, 5, 15, 5, 35, 0, 5, 1,
 	  { "0", "0", "64K", "2M" } },
@@ -59,7 +59,7 @@ static const struct config configs[] = {
 	  { "0", "0", "0", "64K" } },
 	{ "fork", 0x1000000000, 8 << 20, "512M 2M,64K,4K", "madvise", 25, 90, 30, 5, 10, 5, 45, 5, 60, 0,
 	  { "0", "0", "64K", "2M" } },
-	{ "small", 0x1000000000, 1 << 20, "512M 64K,4K", "never", 30, 90, 20, 20, 10, 5, 50, 10, 10, 0,
+	{ "small", 0x1000000000, 1 << 20, "512M 64K,4K", "madvise", 30, 90, 20, 20, 10, 5, 50, 10, 10, 0,
 	  { "0", "4K", "64K", "64K" } },
 	{ "ladder", 0x1000000000, 16 << 20, "8M 8M,2M,512K,64K,16K,4K", "madvise", 15, 90, 20, 20, 10, 5, 45, 5, 2, 0,
 	  { "0", "16K", "512K", "2M" } },
@@ -187,6 +187,31 @@ static void host_op(void)
 	}
 }
 
+/* The GPU loads or stores a part of a range, now and then past its end. */
+static void gpu_op(void)
+{
+	struct usvm_ref_range *r;
+	uint64_t at, len;
+
+	if (!now.nranges)
+		return;
+	r = &now.ranges[below(now.nranges)];
+	at = r->start + below((r->end - r->start) / PAGE) * PAGE;
+	len = PAGE * (1 + below(chance(90) ? (r->end - at) / PAGE : 600));
+	say("gpu%c %llu %llu", chance(50) ? 'w' : 'r', (unsigned long long)(at - arena), (unsigned long long)len);
+}
+
+/* Puts 64K or 4K of a block on the device and forgets the range: a larger range then has mixed pages. */
+static void carve(void)
+{
+	uint64_t size = chance(50) ? 64 << 10 : PAGE, at = offset() & ~(size - 1);
+	unsigned long long a = at, end = at + size;
+
+	say("find %llu dm,own,lim=%llu:%llu", a, a, end);
+	say("migrate %llu own", a);
+	say("remove %llu", a);
+}
+
 static void device_op(void)
 {
 	unsigned long long at;
@@ -219,8 +244,11 @@ static void device_op(void)
 		say("gc");
 		break;
 	case 14:
-		at = range_offset(95) & ~(PAGE - 1);
-		say("gpu%c %llu %llu", chance(50) ? 'w' : 'r', at, (unsigned long long)(PAGE * (1 + below(16))));
+		gpu_op();
+		break;
+	case 15:
+		if (chance(cfg->migrate))
+			carve();
 		break;
 	default:
 		say("scan %llu %s", (unsigned long long)range_offset(90), chance(50) ? "own" : "-");
@@ -255,7 +283,7 @@ void run_random(const char *name, uint64_t seed, uint64_t ops)
 		if (below(1000) < cfg->forks)
 			rare_op();
 		else if (below(1000) < cfg->races)
-			say("race %llu %u 20", (unsigned long long)(offset() & ~0xffffull), 64 << 10);
+			say("race %llu %u 5", (unsigned long long)(offset() & ~0xffffull), 64 << 10);
 		else if (chance(cfg->host))
 			host_op();
 		else
