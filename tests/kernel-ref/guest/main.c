@@ -85,7 +85,9 @@ static __attribute__((noreturn)) void idle(void)
 	if (p == MAP_FAILED || madvise(p, 4 << 20, MADV_HUGEPAGE))
 		die("idle");
 	write_file(KHUGEPAGED "scan_sleep_millisecs", "4000000000");
-	usleep(1000000);	/* the pass that this started */
+	memset(p, 1, 4 << 20);	/* the first huge page puts the process on the list, and that starts a pass */
+	for (int i = 0; i < 100 && !khugepaged_counter(KHUGEPAGED "full_scans"); i++)
+		usleep(20000);
 	printf("driver: khugepaged made %u passes\n", khugepaged_counter(KHUGEPAGED "full_scans"));
 	fflush(stdout);
 	if (mkdir("/tmp/idle", 0700))

@@ -121,5 +121,6 @@ struct usvm_ref_dump {
 #define USVM_REF_GPU_RW		_IOWR('U', 12, struct usvm_ref_gpu_rw)
 #define USVM_REF_EVENTS		_IOWR('U', 13, struct usvm_ref_buf)
 #define USVM_REF_DUMP		_IOWR('U', 14, struct usvm_ref_dump)
+#define USVM_REF_MEMCPY	_IOWR('U', 15, struct usvm_ref_on_range)	/* value: ns of the kernel's memcpy of 2 MiB */
 
 #endif
