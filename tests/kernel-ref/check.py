@@ -5,7 +5,7 @@
     check.py TRACE[.xz]...      TRACE.md says what the lines mean
 
 The model knows VMAs, page presence and events from the trace (inputs) and derives find_or_insert's choice, the flags,
-the mappings of get_pages, most errors, and the notifiers (expectations).
+the mappings of get_pages, most errors, the notifiers, and the contents of anonymous pages (expectations).
 """
 import bisect
 import lzma
@@ -208,6 +208,85 @@ class Model:
         return "mixed" if len(kinds) == 2 else kinds.pop()
 
 
+class Contents:
+    """The first 8 bytes of each page of the arena as touch and gpuw left them; None where that cannot be told."""
+
+    MASK = (1 << 64) - 1
+
+    def __init__(self, model):
+        self.m = model
+        self.value = [0] * (model.size // PAGE)
+
+    def index(self, addr):
+        return (addr - self.m.arena) // PAGE
+
+    def span(self, at, size):
+        return range(self.index(at), min(self.index(at + size), len(self.value)))
+
+    def set(self, at, size, value):
+        for i in self.span(at, size):
+            self.value[i] = value
+
+    def write(self, at, size, value, allowed):
+        for k, i in enumerate(self.span(at, size)):
+            vma = self.m.vma_at(at + k * PAGE)
+            if vma and vma[3] == "anon" and allowed(vma[2]):
+                self.value[i] = value + k
+
+    def host(self, op):
+        """What a host operation does to contents. Where it failed, it may have done a part."""
+        name, ok = op.words[0], op.result[0] == ERRNO_OK
+        if name not in ("mmap", "munmap", "mremap", "madvise", "touch"):
+            return
+        at, size = int(op.words[1], 16), int(op.words[2], 16)
+        if name == "touch":
+            if op.words[3] == "w":
+                self.write(at, size, op.number << 20, lambda perms: perms[1] == "w")
+        elif name == "mremap":
+            self.mremap(op, at, size, ok)
+        elif name == "madvise" and op.words[3] not in ("dontneed", "free", "remove"):
+            return
+        elif name == "madvise" and op.words[3] == "free":
+            self.set(at, size, None)
+        else:
+            anon = name != "mmap" or op.words[4] == "anon"
+            self.set(at, size, 0 if ok and anon else None)
+
+    def mremap(self, op, at, size, ok):
+        new, how, to = int(op.words[3], 16), op.words[4], int(op.words[5], 16)
+        if how == "inplace":
+            if new > size:
+                self.set(at + size, new - size, 0 if ok else None)
+            return
+        if not ok:
+            self.set(to, new, None)
+            return
+        moved = [self.value[i] for i in self.span(at, size)]
+        self.set(at, size, 0)
+        for i, v in zip(self.span(to, new), moved):
+            self.value[i] = v
+
+    def values(self, at, size, host):
+        """What a read of each page gives, or None if one is not known."""
+        out = []
+        for k, i in enumerate(self.span(at, size)):
+            vma = self.m.vma_at(at + k * PAGE)
+            if vma is None or vma[3] == "io" or (host and vma[2][:3] == "---"):
+                if host:
+                    continue
+                return None
+            if vma[3] != "anon" or self.value[i] is None:
+                return None
+            out.append(self.value[i])
+        return out
+
+    def checksum(self, values):
+        total = 0xCBF29CE484222325
+        for v in values:
+            total = ((total ^ v) * 0x100000001B3) & self.MASK
+        return total
+
+
 class Op:
     def __init__(self, number, words):
         self.number, self.words = number, words
@@ -304,6 +383,8 @@ class Checker:
         header, self.ops = parse(path)
         arena, size = (int(x, 16) for x in header["arena"])
         self.m = Model(arena, size)
+        self.contents = Contents(self.m)
+        self.sums = 0
         self.seen = {}          # ranges as the trace has them
         self.windows = set()    # notifiers as the trace has them
         self.differences = []
@@ -328,6 +409,7 @@ class Checker:
         state = before(op) if before else None
         if name not in ("race", "procend"):
             self.apply_events(op)
+        self.contents.host(op)
         self.apply_host(op)
         after = getattr(self, "after_" + name, None)
         if after:
@@ -533,11 +615,25 @@ class Checker:
         error = self.gpu(op, True)
         if self.m.live and self.m.range_at(int(op.words[1], 16)):
             self.want(op, error or ERRNO_OK)
+        if op.result[0] == ERRNO_OK:
+            self.contents.write(int(op.words[1], 16), int(op.words[2], 16), op.number << 20, lambda perms: True)
 
     def before_gpur(self, op):
         error = self.gpu(op, False)
         if error:
             self.want(op, error)
+        values = self.contents.values(int(op.words[1], 16), int(op.words[2], 16), False)
+        if op.result[0] == ERRNO_OK and values is not None:
+            self.sums += 1
+            self.want(op, f"0 sum={sum(values) & Contents.MASK:x}")
+
+    def after_sum(self, op, _state):
+        values = self.contents.values(int(op.words[1], 16), int(op.words[2], 16), True)
+        if values is not None:
+            self.sums += 1
+            want = f"sum={self.contents.checksum(values):x}"
+            if want != op.result[-1]:
+                self.differ(op, "contents", want, op.result[-1])
 
     def after_mremap(self, op, _state):
         # Device pages that moved belong to the allocation they came with; which is not in the trace line by line.
@@ -558,20 +654,23 @@ class Checker:
             self.differ(op, "result", ERRNO_OK, " ".join(op.result))
 
     def after_sumsame(self, op, _state):
+        self.after_sum(op, None)
         if op.result[0] != ERRNO_OK:
             self.differ(op, "contents", "unchanged", " ".join(op.result))
 
 
 def main(paths):
-    ops = differences = 0
+    ops = differences = sums = 0
     for path in paths:
         c = Checker(path).run()
         ops += len(c.ops)
         differences += len(c.differences)
+        sums += c.sums
         for d in c.differences[:10]:
             print(d)
         if len(c.differences) > 10:
             print(f"{path}: {len(c.differences) - 10} more")
+    print(f"{sums} checksums of contents computed")
     print(f"{ops} operations, {len(paths)} traces, {differences} unexplained differences")
     return 1 if differences or not ops else 0
 
