@@ -15,7 +15,7 @@ cache=${USVM_CACHE:-$(cd "$here/../.." && pwd)/.cache/kernel-ref}
 mirror=${USVM_MIRROR:-http://deb.debian.org/debian}
 lock=$here/packages.lock
 compiler=gcc-16
-configs=${CONFIGS:-chunks windows edge512 migrate huge full fork small ladder pages}
+configs=${CONFIGS:-chunks windows edge512 migrate huge full fork small ladder narrow pages}
 
 skip() { echo "skipped: $*"; exit 0; }
 fail() { echo "kernel-ref: $*" >&2; exit 1; }
@@ -27,11 +27,13 @@ prerequisites() {
     [ "$(id -u)" = 0 ] || skip "not root (the chroot needs it)"
     [ "$(uname -m)" = x86_64 ] || skip "not x86_64"
     local tool
-    for tool in qemu-system-x86_64 dpkg-deb unshare chroot cpio xz python3 sha256sum curl; do
+    for tool in qemu-system-x86_64 dpkg-deb unshare chroot cpio xz python3 sha256sum curl flock; do
         command -v $tool >/dev/null || skip "no $tool"
     done
     unshare -m true 2>/dev/null || skip "no right to make a mount namespace"
     mkdir -p "$cache/debs"
+    exec 9>"$cache/lock"
+    flock -n 9 || fail "another run uses $cache"
 }
 
 # ---- packages --------------------------------------------------------------------------------------------------------

@@ -63,6 +63,8 @@ static const struct config configs[] = {
 	  { "0", "4K", "64K", "64K" } },
 	{ "ladder", 0x1000000000, 16 << 20, "8M 8M,2M,512K,64K,16K,4K", "madvise", 15, 90, 20, 20, 10, 5, 45, 5, 2, 0,
 	  { "0", "16K", "512K", "2M" } },
+	{ "narrow", 0x1000000000, 8 << 20, "512K 2M,64K,4K", "madvise", 15, 90, 20, 20, 10, 5, 45, 5, 2, 0,
+	  { "0", "0", "64K", "2M" } },
 	{ "pages", 0x1000000000, 4 << 20, "2M 4K", "madvise", 25, 90, 25, 10, 15, 5, 40, 10, 10, 0,
 	  { "0", "4K", "64K", "2M" } },
 };
@@ -207,9 +209,13 @@ static void carve(void)
 	uint64_t size = chance(50) ? 64 << 10 : PAGE, at = offset() & ~(size - 1);
 	unsigned long long a = at, end = at + size;
 
-	say("find %llu dm,own,lim=%llu:%llu", a, a, end);
-	say("migrate %llu own", a);
-	say("remove %llu", a);
+	for (int i = 0; i < 2 && end <= cfg->len; i++, a += size, end += size) {
+		say("find %llu dm,own,lim=%llu:%llu", a, a, end);
+		say("migrate %llu own", a);
+		say("remove %llu", a);
+		if (chance(50))
+			break;
+	}
 }
 
 static void device_op(void)
