@@ -192,13 +192,15 @@ static void host_op(void)
 /* The GPU loads or stores a part of a range, now and then past its end. */
 static void gpu_op(void)
 {
-	struct usvm_ref_range *r;
+	struct usvm_ref_range copy, *r = &copy;
 	uint64_t at, len;
 
 	if (!now.nranges)
 		return;
-	r = &now.ranges[below(now.nranges)];
+	copy = now.ranges[below(now.nranges)];
 	at = r->start + below((r->end - r->start) / PAGE) * PAGE;
+	if (chance(50))
+		say("pages %llu %s", (unsigned long long)(at - arena), ctx(false));
 	len = PAGE * (1 + below(chance(90) ? (r->end - at) / PAGE : 600));
 	say("gpu%c %llu %llu", chance(50) ? 'w' : 'r', (unsigned long long)(at - arena), (unsigned long long)len);
 }
@@ -215,6 +217,11 @@ static void carve(void)
 		say("remove %llu", a);
 		if (chance(50))
 			break;
+	}
+	if (chance(70)) {
+		a = at & ~((chance(50) ? 2ull << 20 : 64ull << 10) - 1);
+		say("find %llu dm,own", a);
+		say("pages %llu %s", a, ctx(false));
 	}
 }
 
