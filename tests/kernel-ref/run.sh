@@ -1,0 +1,257 @@
+#!/bin/bash
+# SPDX-License-Identifier: MIT OR Apache-2.0
+# Asks the kernel's own drm_gpusvm, in a virtual machine: builds the module and the guest driver in a Debian chroot, boots,
+# records traces, checks them. See README.md.
+#
+#   run.sh            fresh random traces: SEED (default: the time), OPS in all (default 100000), CONFIGS (default: all)
+#   run.sh record     the traces that are kept: traces/*.trace.xz
+#   run.sh bench      times of the kernel's operations, as JSON on BENCH_OUT (default: the cache)
+#   run.sh relock     resolves the packages anew with debootstrap and writes packages.lock
+#   run.sh build      only builds
+set -euo pipefail
+
+here=$(cd "$(dirname "$0")" && pwd)
+cache=${USVM_CACHE:-$(cd "$here/../.." && pwd)/.cache/kernel-ref}
+mirror=${USVM_MIRROR:-http://deb.debian.org/debian}
+lock=$here/packages.lock
+compiler=gcc-16
+configs=${CONFIGS:-chunks windows edge512 migrate huge full fork small ladder narrow pages}
+
+skip() { echo "skipped: $*"; exit 0; }
+fail() { echo "kernel-ref: $*" >&2; exit 1; }
+say() { echo "kernel-ref: $*"; }
+
+# ---- what must be there ----------------------------------------------------------------------------------------------
+
+prerequisites() {
+    [ "$(id -u)" = 0 ] || skip "not root (the chroot needs it)"
+    [ "$(uname -m)" = x86_64 ] || skip "not x86_64"
+    local tool
+    for tool in qemu-system-x86_64 dpkg-deb unshare chroot cpio xz python3 sha256sum curl flock; do
+        command -v $tool >/dev/null || skip "no $tool"
+    done
+    unshare -m true 2>/dev/null || skip "no right to make a mount namespace"
+    mkdir -p "$cache/debs"
+    exec 9>"$cache/lock"
+    flock -n 9 || fail "another run uses $cache"
+}
+
+# ---- packages --------------------------------------------------------------------------------------------------------
+
+# packages.lock: name, version, path in the mirror's pool, sha256
+locked() { grep -v '^#' "$lock"; }
+
+fetch_packages() {
+    local name version path sha file
+    while read -r name version path sha; do
+        file=$cache/debs/${path##*/}
+        if [ -f "$file" ]; then continue; fi
+        if ! curl -fsS --retry 2 -m 600 -o "$file.part" "$mirror/$path"; then
+            curl -fsSI -m 20 -o /dev/null "$mirror/dists/sid/Release" || skip "no network and no cache ($name is missing)"
+            fail "$name $version is no longer at $mirror. Set USVM_MIRROR to one that keeps it" \
+                "(snapshot.debian.org/archive/debian/<date>), or take the newest kernel: $0 relock"
+        fi
+        mv "$file.part" "$file"
+    done < <(locked)
+    locked | awk -v d="$cache/debs" '{n=split($3,p,"/"); print $4 "  " d "/" p[n]}' >"$cache/sums"
+    sha256sum --quiet -c "$cache/sums" || fail "a cached package is not the one in packages.lock: remove it"
+}
+
+# debootstrap resolves and verifies (signatures of the archive); the lock keeps what it found.
+relock() {
+    command -v debootstrap >/dev/null || skip "no debootstrap"
+    local dl=$cache/relock index release path name version file
+    rm -rf "$dl" && mkdir -p "$dl"
+    index=$(mktemp)
+    curl -fsS -m 300 "$mirror/dists/sid/main/binary-amd64/Packages.xz" | xz -d >"$index"
+    release=${KERNEL:-$(sed -n 's/^Package: linux-headers-\([0-9.]*+deb[0-9]*-amd64\)$/\1/p' "$index" | sort -V | tail -n 1)}
+    [ -n "$release" ] || fail "sid has no amd64 kernel headers"
+    say "kernel $release"
+    debootstrap --download-only --variant=minbase --include="make,$compiler,libc6-dev,kmod,busybox-static,linux-headers-$release,linux-binary-$release,linux-modules-$release,linux-base-$release" \
+        sid "$dl" "$mirror" >"$cache/relock.log" 2>&1 || fail "debootstrap: see $cache/relock.log"
+    {
+        echo "# kernel $release, compiler $compiler. Written by run.sh relock: name, version, path under the mirror, sha256."
+        python3 - "$index" "$dl/debootstrap/deburis" <<'PY'
+import sys
+field = {}
+for block in open(sys.argv[1], encoding="utf-8").read().split("\n\n"):
+    f = dict(l.split(": ", 1) for l in block.split("\n") if ": " in l and l[0] != " ")
+    if "Package" in f:
+        field[f["Package"], f["Version"]] = f
+for line in sorted(open(sys.argv[2])):
+    name, version, _ = line.split()
+    f = field[name, version]
+    print(name, version, f["Filename"], f["SHA256"])
+PY
+    } >"$lock.new"
+    while read -r name version path _; do
+        file=$(ls "$dl/var/cache/apt/archives/${name}_"*.deb)
+        cp "$file" "$cache/debs/${path##*/}"
+    done < <(grep -v '^#' "$lock.new")
+    mv "$lock.new" "$lock"
+    rm -rf "$dl" "$index"
+    fetch_packages
+    say "locked $(locked | wc -l) packages"
+}
+
+release() { sed -n 's/^# kernel \([^,]*\),.*/\1/p' "$lock"; }
+
+# Unpacked, not installed: no maintainer script runs, so the same packages give the same tree.
+make_chroot() {
+    local stamp deb
+    stamp=$(sha256sum <"$lock" | cut -c1-64)
+    root=$cache/chroot
+    [ "$(cat "$root.stamp" 2>/dev/null)" = "$stamp" ] && return
+    say "unpacking the chroot"
+    rm -rf "$root" "$root.stamp" "$cache/build" && mkdir -p "$root"
+    while read -r deb; do nice dpkg-deb -x "$deb" "$root"; done < <(awk '{print $2}' "$cache/sums")
+    ln -sf mawk "$root/usr/bin/awk"
+    mkdir -p "$root/mnt" "$root/proc"
+    echo "$stamp" >"$root.stamp"
+}
+
+# Runs a command in the chroot, with the build directory at /mnt and a /proc of its own.
+inside() {
+    # shellcheck disable=SC2016
+    nice unshare -m bash -c 'set -e; root=$1 build=$2; shift 2
+        mount --bind "$build" "$root/mnt"; mount -t proc proc "$root/proc"; exec chroot "$root" "$@"' \
+        sh "$root" "$cache/build" "$@"
+}
+
+# ---- module, driver, initramfs ---------------------------------------------------------------------------------------
+
+build() {
+    local kernel sum m file
+    kernel=$(release)
+    mkdir -p "$cache/build"
+    sum=$(cat "$lock" "$here"/module/* "$here"/guest/* | sha256sum | cut -c1-64)
+    [ "$(cat "$cache/build/stamp" 2>/dev/null)" = "$sum" ] && return
+    say "building for $kernel"
+    rm -rf "$cache/build" && mkdir -p "$cache/build/tree"/{bin,modules,scripts}
+    cp -r "$here/module" "$here/guest" "$cache/build/"
+    inside make -s -C "/usr/src/linux-headers-$kernel" M=/mnt/module CC=$compiler modules >"$cache/build/module.log" 2>&1 ||
+        { cat "$cache/build/module.log" >&2; fail "the module does not build"; }
+    inside sh -c "cd /mnt/guest && $compiler -std=gnu17 -D_GNU_SOURCE -O2 -Wall -Wextra -Werror -I../module -static -pthread -o driver *.c" ||
+        fail "the guest driver does not build"
+    cp "$root/usr/bin/busybox" "$cache/build/tree/bin/"
+    ln -s busybox "$cache/build/tree/bin/sh"
+    for m in virtio_blk drm drm_gpusvm_helper; do
+        file=$(find "$root/usr/lib/modules/$kernel" -name "$m.ko.xz")
+        xz -dc "$file" >"$cache/build/tree/modules/$m.ko"
+    done
+    cp "$cache/build/module/usvm_ref.ko" "$cache/build/tree/modules/"
+    cp "$cache/build/guest/driver" "$here/guest/init" "$cache/build/tree/"
+    chmod +x "$cache/build/tree/init"
+    cp "$root/usr/lib/modules/$kernel/vmlinuz" "$cache/build/vmlinuz"
+    echo "$sum" >"$cache/build/stamp"
+}
+
+# ---- the machine -----------------------------------------------------------------------------------------------------
+
+# Waits for the machine. On a loaded host an emulated one sometimes spins before its first process: then it is ended and
+# the answer is 1.
+watch_machine() { # process, seconds
+    local waited=0
+    while kill -0 "$1" 2>/dev/null; do
+        if [ $waited -ge "$2" ]; then
+            kill "$1"
+            tail -n 30 "$dir/console.txt" >&2
+            fail "the machine did not end in $2 s (console: $dir/console.txt)"
+        fi
+        if [ $waited -ge 90 ] && ! grep -q 'guest: up' "$dir/console.txt"; then
+            kill "$1" && wait "$1" 2>/dev/null
+            return 1
+        fi
+        sleep 1
+        waited=$((waited + 1))
+    done
+    wait "$1" || true
+}
+
+# boot DIR: does the lines of DIR/jobs; leaves the results in DIR/out. EXTRA names a directory laid over the initramfs.
+boot() {
+    local dir=$1 accel="tcg,thread=multi" cpu="max,-erms,-fsrm" limit=${BOOT_LIMIT:-1800} try
+    if [ "${USVM_ACCEL:-tcg}" = kvm ]; then accel=kvm cpu=host; fi
+    rm -rf "$dir/tree" "$dir/out" && cp -r "$cache/build/tree" "$dir/tree" && mkdir "$dir/out"
+    cp "$here"/scripts/*.ops "$dir/tree/scripts/"
+    cp "$dir/jobs" "$dir/tree/jobs"
+    [ -z "${EXTRA:-}" ] || cp -r "$EXTRA/." "$dir/tree/"
+    (cd "$dir/tree" && find . | cpio --quiet -o -H newc) | gzip -1 >"$dir/initramfs.gz"
+    for try in 1 2 3 4; do
+        rm -f "$dir/out.img" && truncate -s 1600M "$dir/out.img" && : >"$dir/console.txt"
+        nice -n 10 qemu-system-x86_64 -accel $accel -cpu $cpu -m 3G -smp 2 -nodefaults -display none -no-reboot \
+            -kernel "$cache/build/vmlinuz" -initrd "$dir/initramfs.gz" \
+            -append "console=ttyS0 loglevel=6 panic=-1 oops=panic init_on_alloc=0" \
+            -serial "file:$dir/console.txt" -drive "file=$dir/out.img,format=raw,if=virtio,cache=unsafe" 9>&- &
+        if watch_machine $! "$limit"; then break; fi
+        [ $try -lt 4 ] || fail "the machine does not start (console: $dir/console.txt)"
+        say "the machine did not start (try $try): once more"
+    done
+    grep -q 'guest: done' "$dir/console.txt" || { tail -n 30 "$dir/console.txt" >&2; fail "the guest did not finish"; }
+    tar xf "$dir/out.img" -C "$dir/out"
+    rm -rf "$dir/out.img" "$dir/tree" "$dir/initramfs.gz"
+    tr -d '\r' <"$dir/console.txt" | grep -E '^(guest|driver): |operations, ' || true
+    if grep -E 'WARNING:|BUG:|Oops' "$dir/out/dmesg.txt"; then fail "the kernel complained: $dir/out/dmesg.txt"; fi
+    if grep -q 'guest: FAILED' "$dir/console.txt"; then fail "a job failed"; fi
+}
+
+scratch() {
+    work=$cache/run
+    rm -rf "$work" && mkdir -p "$work"
+}
+
+prepare() {
+    prerequisites
+    [ -f "$lock" ] || relock
+    fetch_packages
+    make_chroot
+    build
+}
+
+# ---- what is asked ---------------------------------------------------------------------------------------------------
+
+random_jobs() { # seed operations
+    local n=0 c
+    for c in $configs; do n=$((n + 1)); done
+    for c in $configs; do echo "random $c $1 $((($2 + n - 1) / n))"; done
+}
+
+record() {
+    scratch
+    local s seed
+    for s in "$here"/scripts/*.ops; do s=${s##*/}; echo "script ${s%.ops}"; done >"$work/jobs"
+    for seed in 1 2; do random_jobs $seed "${OPS:-20000}"; done >>"$work/jobs"
+    boot "$work"
+    python3 "$here/check.py" "$work"/out/*.trace
+    rm -f "$here"/traces/*.trace.xz
+    local t
+    for t in "$work"/out/*.trace; do nice xz -9e -c "$t" >"$here/traces/${t##*/}.xz"; done
+    du -ch "$here"/traces/*.xz | tail -n 1
+}
+
+fresh() {
+    scratch
+    local seed=${SEED:-$(date +%s)} ops=${OPS:-100000}
+    say "SEED=$seed OPS=$ops"
+    random_jobs "$seed" "$ops" >"$work/jobs"
+    boot "$work"
+    python3 "$here/check.py" "$work"/out/*.trace
+}
+
+bench() {
+    scratch
+    echo bench >"$work/jobs"
+    boot "$work"
+    cp "$work/out/bench.json" "${BENCH_OUT:-$cache/bench.json}"
+    cat "$work/out/bench.json"
+}
+
+case ${1:-fresh} in
+relock) prerequisites; relock ;;
+build) prepare ;;
+record) prepare; record ;;
+bench) prepare; bench ;;
+fresh) prepare; fresh ;;
+jobs) prepare; scratch; cp "$2" "$work/jobs"; boot "$work" ;; # for experiments: a file of job lines
+*) fail "unknown: $1" ;;
+esac
