@@ -63,6 +63,10 @@ mod fake;
 mod model_tests;
 #[cfg(test)]
 mod reference_tests;
+#[cfg(test)]
+mod residency_fake;
+#[cfg(test)]
+mod residency_model_tests;
 
 pub use chunk::Chunks;
 pub use invalidate::{Event, EventKind, InvalidateInfo};

@@ -154,6 +154,7 @@ impl Mover {
     /// put back at once where the kernel allows, or by the CPU's next touch.
     pub fn to_device(&self, range: &Arc<Range>, state: &mut State, device: u32, cause: Cause) -> Result<()> {
         if state.moved.as_ref().is_some_and(|m| m.device != device && (m.bo.is_some() || !m.strayed.is_empty())) {
+            self.unshare_copy(range, state);
             self.to_host(range, state, &PageMask::first(range.span().pages()), cause)?;
         }
         let State { bound, moved } = state;
@@ -161,6 +162,7 @@ impl Mover {
         let result = self.accounted(range, moved, |m| self.to_device_steps(range, bound, m, device, cause));
         if result.is_err() && moved.vram.is_empty() {
             self.put_back(range, moved);
+            self.unbind(range, bound);
             self.free_bo(range, moved);
         }
         if result.is_ok() {
@@ -202,8 +204,12 @@ impl Mover {
         };
         m.strayed = m.strayed.or(&flipped);
         m.retained = m.retained.or(&flipped);
-        if let Some(why) = stopped {
-            return Err(why.to_error(span));
+        match stopped {
+            None => {}
+            // Read-only, locked or executable pages stay where they are, as pinned ones do.
+            Some(FlipError::Mismatch) => return Err(Error::Busy { span }),
+            Some(FlipError::NoMapping) => return Err(changed()),
+            Some(why) => return Err(why.to_error(span)),
         }
 
         let dev = self.device(device);
@@ -330,11 +336,8 @@ impl Mover {
             let Some((first, _)) = left.runs().next() else { return Ok(()) };
             match stop.why {
                 FlipError::Exists => self.skip_page(to, m, &mut left, first),
-                FlipError::NoMapping => {
-                    // Unmapped: the event will say so too. The page is nobody's.
-                    self.skip_page(to, m, &mut left, first);
-                    m.dead.set(first);
-                }
+                // Unmapped, or moved by mremap: the event that is on its way says which.
+                FlipError::NoMapping => return Err(changed()),
                 FlipError::Mismatch => self.land_by_copy(to, m, &mut left)?,
                 FlipError::Busy if busy >= 8 => self.land_by_copy(to, m, &mut left)?,
                 FlipError::Busy => {
@@ -347,7 +350,7 @@ impl Mover {
         Ok(())
     }
 
-    /// One strayed page has no place to go: somebody else filled it, or its mapping is gone.
+    /// One strayed page has no place to go: somebody else filled it.
     fn skip_page(&self, to: Span, m: &mut Moved, left: &mut PageMask, page: usize) {
         left.clear(page);
         let mut one = PageMask::EMPTY;
@@ -371,7 +374,8 @@ impl Mover {
         *left = left.minus(&done);
         match why {
             None => Ok(()),
-            Some(FlipError::Exists | FlipError::NoMapping) => {
+            Some(FlipError::NoMapping) => Err(changed()),
+            Some(FlipError::Exists) => {
                 if let Some((first, _)) = left.runs().next() {
                     self.skip_page(to, m, left, first);
                 }
@@ -484,10 +488,14 @@ impl Mover {
         if !state.is_home() {
             return Err(Error::Mixed { span });
         }
+        if state.moved.as_ref().is_some_and(|m| m.shared && m.device != device) {
+            self.unshare_copy(range, state);
+        }
         let State { bound, moved } = state;
         let moved = &mut **moved.get_or_insert_default();
         let result = self.accounted(range, moved, |m| self.share_steps(range, bound, m, device, cause));
         if result.is_err() {
+            self.unbind(range, bound);
             self.free_bo(range, moved);
         }
         if result.is_ok() {
@@ -506,14 +514,13 @@ impl Mover {
     ) -> Result<()> {
         let span = range.span();
         let started = Instant::now();
-        if m.shared && m.device != device {
-            self.unbind(range, bound);
-            self.free_bo(range, m);
-        }
         let written = if m.shared { self.host.take_written(span) } else { None };
+        let tracked = written.is_some();
         let pages = match written {
             Some(written) => written,
             None => {
+                // A device that writes over the link would change pages unseen.
+                self.unbind(range, bound);
                 self.host.register(span)?;
                 self.host.track(span).map_err(|why| why.to_error(span))?;
                 if m.bo.is_none() {
@@ -523,7 +530,6 @@ impl Mover {
                 PageMask::first(span.pages())
             }
         };
-        let fresh_copy = !m.shared;
         let Some(bo) = &m.bo else { unreachable!("made above or shared") };
         let present = self.host.present(span);
         let dev = self.device(device);
@@ -531,7 +537,7 @@ impl Mover {
             let at = first as u64 * SZ_4K;
             dev.upload_live(bo, at, span.start + at, count as u64 * SZ_4K)?;
         }
-        if fresh_copy {
+        if !tracked {
             for (first, count) in pages.minus(&present).runs() {
                 dev.clear(bo, first as u64 * SZ_4K, count as u64 * SZ_4K)?;
             }
@@ -693,4 +699,9 @@ impl Mover {
         }
         self.policy().gpu_access(facts)
     }
+}
+
+/// The mapping that pages were to land in is another one now, and its event was not handled yet.
+fn changed() -> Error {
+    Error::Again { what: "bringing pages home", tries: 1 }
 }

@@ -206,6 +206,10 @@ impl Svm {
             }
             self.barrier();
             let seen = self.mover.released().generation();
+            if !self.settle_landings() {
+                back_off(attempt);
+                continue;
+            }
             let result = self.collect_garbage().and_then(|()| self.try_gpu_access(device, addr, want, remote));
             let error = match result {
                 Ok(Some(range)) => {
@@ -358,9 +362,28 @@ impl Svm {
         away.runs().all(|(first, count)| self.mover.host.is_registered(span.page_run(first, count)))
     }
 
-    /// The range's mapping was replaced and the event that says so is late: the old contents are nobody's.
+    /// Part of the range's mapping was replaced and the event that says so is late: the old contents are nobody's.
     fn replaced(&self, range: &Arc<Range>) {
-        self.unmapped(range.span());
+        let span = range.span();
+        let gone = PageMask::first(span.pages()).minus(&self.registered(span));
+        for (first, count) in gone.runs() {
+            self.unmapped(span.page_run(first, count));
+        }
+    }
+
+    /// The pages of `span` that lie in registered mappings now.
+    fn registered(&self, span: Span) -> PageMask {
+        let mut mask = PageMask::EMPTY;
+        let mut todo = vec![span];
+        while let Some(part) = todo.pop() {
+            if self.mover.host.is_registered(part) {
+                mask = mask.or(&PageMask::of(span, part));
+            } else if part.pages() > 1 {
+                let half = part.pages() / 2;
+                todo.extend([part.page_run(0, half), part.page_run(half, part.pages() - half)]);
+            }
+        }
+        mask
     }
 
     /// Destroys ranges whose mappings went away, as the kernel does before each device access.
@@ -368,18 +391,39 @@ impl Svm {
         if self.space.garbage_len() == 0 {
             return Ok(());
         }
+        if !self.settle_landings() {
+            return Err(Error::Again { what: "landing what mremap moved", tries: 1 });
+        }
         self.space.collect_garbage(|range| self.destroy(range, Cause::User)).map(|_| ())
     }
 
     /// Brings home what is left of a range and gives up what it holds.
     fn destroy(&self, range: &Arc<Range>, cause: Cause) -> Result<()> {
+        // Held until the range's own lock is: what mremap takes away is on this list before it can be collected.
+        let landings = self.landings();
+        if landings.iter().any(|landing| Arc::ptr_eq(&landing.range, range)) {
+            return Err(Error::Again { what: "landing what mremap moved", tries: 1 });
+        }
         let mut state = range.data.lock();
-        if range.data.is_pinned() {
+        drop(landings);
+        if range.data.is_pinned() && !state.is_home() {
             return Err(Error::Again { what: "collecting a range in use", tries: 1 });
         }
-        self.mover.to_host(range, &mut state, &PageMask::first(range.span().pages()), cause)?;
+        self.salvage(range, &mut state, cause)?;
         self.mover.dissolve(range, &mut state);
         Ok(())
+    }
+
+    /// Brings all of the range home. What a lost device took with it is reported as lost.
+    fn salvage(&self, range: &Arc<Range>, state: &mut State, cause: Cause) -> Result<()> {
+        let all = PageMask::first(range.span().pages());
+        match self.mover.to_host(range, state, &all, cause) {
+            Err(e @ Error::DeviceLost { .. }) => {
+                self.write_off(range, state, e);
+                self.mover.to_host(range, state, &all, cause)
+            }
+            other => other,
+        }
     }
 
     /// Serves a CPU access to `addr` that found no page. `patient`: the caller may wait for a lock.
@@ -407,8 +451,9 @@ impl Svm {
         match self.mover.to_host(&range, &mut state, &pages, Cause::CpuFault) {
             // The page itself may have been all zero and never had memory: then it is a hole now.
             Ok(()) => self.zero(page),
-            Err(Error::Again { .. }) => Served::Retry(Wait::Events),
-            Err(Error::OutOfHostMemory { .. }) => Served::Retry(Wait::Events),
+            Err(Error::Again { .. } | Error::OutOfHostMemory { .. } | Error::Busy { .. } | Error::Gone { .. }) => {
+                Served::Retry(Wait::Events)
+            }
             Err(e) => self.lost(&range, &mut state, e),
         }
     }
@@ -435,8 +480,17 @@ impl Svm {
         }
     }
 
-    /// The device is gone and took data with it: what is in the shadow is kept, the rest is reported as lost.
+    /// The device is gone and took data with it.
     fn lost(&self, range: &Arc<Range>, state: &mut State, error: Error) -> Served {
+        self.write_off(range, state, error);
+        match self.mover.to_host(range, state, &PageMask::first(range.span().pages()), Cause::CpuFault) {
+            Ok(()) => Served::Done,
+            Err(_) => Served::Retry(Wait::Events),
+        }
+    }
+
+    /// Keeps what is in the shadow, reports the rest of what is on the device as lost.
+    fn write_off(&self, range: &Arc<Range>, state: &mut State, error: Error) {
         let span = range.span();
         let gone = state.moved.as_ref().map(|m| m.vram.minus(&m.fresh)).unwrap_or_default();
         tracing::error!(%span, pages = gone.count(), "data that lived only on the device is lost: {error}");
@@ -445,10 +499,6 @@ impl Svm {
             for page in first..first + count {
                 self.mover.host.poison(span.page_run(page, 1).start);
             }
-        }
-        match self.mover.to_host(range, state, &PageMask::first(span.pages()), Cause::CpuFault) {
-            Ok(()) => Served::Done,
-            Err(_) => Served::Retry(Wait::Events),
         }
     }
 
@@ -503,16 +553,34 @@ impl Svm {
     /// munmap, or a mapping placed over `span`: its contents are gone. Device mappings are gone when this returns.
     pub fn unmapped(&self, span: Span) {
         self.change_landings(|landing| landing.pages = landing.pages.minus(&PageMask::of(landing.to, span)));
+        let mut kept = Vec::new();
         for range in self.invalidate(EventKind::Unmap, span) {
             let mut state = range.data.lock();
+            let part = range.span().intersect(span).unwrap_or(range.span());
             // An event may be older than the mapping that stands there now and has gone to the device already: a mapping
-            // is only ever registered by a migration, so what is registered and away is the newer one's. The garbage
-            // collector brings that home.
-            if state.is_home() || !self.still_ours(&range, &state, span) {
-                self.mover.drop_pages(&range, &mut state, &PageMask::of(range.span(), span), true);
+            // is only ever registered by a migration, so what is registered is the newer one's. The garbage collector
+            // brings that home.
+            let newer = self.registered(part);
+            let mut gone = PageMask::EMPTY;
+            for (first, count) in PageMask::first(part.pages()).minus(&newer).runs() {
+                let run = part.page_run(first, count);
+                gone = gone.or(&PageMask::of(range.span(), run));
             }
+            self.mover.drop_pages(&range, &mut state, &gone, true);
+            kept.extend(newer.runs().map(|(first, count)| part.page_run(first, count)));
         }
-        self.mover.host.forget(span);
+        self.forget_all_but(span, &kept);
+    }
+
+    /// Forgets the registration of `span`, without the ascending spans `kept`.
+    fn forget_all_but(&self, span: Span, kept: &[Span]) {
+        let mut at = span.start;
+        for next in kept.iter().chain([&Span::new(span.end, span.end)]) {
+            if at < next.start {
+                self.mover.host.forget(Span::new(at, next.start));
+            }
+            at = next.end;
+        }
     }
 
     /// madvise(DONTNEED, FREE, REMOVE) is about to drop the contents of `span`, the mapping stays.
@@ -597,12 +665,15 @@ impl Svm {
                     if range.data.is_pinned() {
                         Err(Error::Busy { span: range.span() })
                     } else {
-                        self.mover.to_host(&range, &mut state, &PageMask::first(range.span().pages()), cause)
+                        self.salvage(&range, &mut state, cause)
                     }
                 };
                 match result {
                     Ok(()) => break,
-                    Err(Error::Again { .. }) if Instant::now() < deadline => back_off(attempt),
+                    Err(Error::Again { .. }) if Instant::now() < deadline => {
+                        self.barrier();
+                        back_off(attempt);
+                    }
                     Err(Error::Busy { .. }) if Instant::now() < deadline => {
                         self.mover.released().wait(seen, Duration::from_millis(2));
                     }
@@ -653,7 +724,7 @@ impl Svm {
         let result = self.bring_home(everything, Cause::User);
         for range in self.space.clear() {
             let mut state = range.data.lock();
-            if self.mover.to_host(&range, &mut state, &PageMask::first(range.span().pages()), Cause::User).is_ok() {
+            if self.salvage(&range, &mut state, Cause::User).is_ok() {
                 self.mover.dissolve(&range, &mut state);
             }
         }
