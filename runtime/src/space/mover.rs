@@ -596,7 +596,7 @@ impl Mover {
             if let Some(bo) = dev.vram_alloc(span.len()) {
                 return Ok(bo);
             }
-            if !self.evict_one(device, span) {
+            if !self.evict_one(device, span)? {
                 // Somebody else's free may have made room between the two.
                 if let Some(bo) = dev.vram_alloc(span.len()) {
                     return Ok(bo);
@@ -611,8 +611,8 @@ impl Mover {
     }
 
     /// Evicts the coldest range that can go. Shared copies are cheapest and go first; a range the device referenced
-    /// since it was last looked at gets a second chance.
-    fn evict_one(&self, device: u32, except: Span) -> bool {
+    /// since it was last looked at gets a second chance. `false` when nothing can go now; a lost device is an error.
+    fn evict_one(&self, device: u32, except: Span) -> Result<bool> {
         let candidates: Vec<Arc<Range>> =
             self.lru(device).iter().rev().map(|(_, r)| r.clone()).filter(|r| r.span() != except).collect();
         let dev = self.device(device);
@@ -638,12 +638,14 @@ impl Mover {
                     self.lru(device).promote(&range.span().start);
                     continue;
                 }
-                if self.evict(range, &mut state).is_ok() {
-                    return true;
+                match self.evict(range, &mut state) {
+                    Ok(()) => return Ok(true),
+                    Err(e @ Error::DeviceLost { .. }) => return Err(e),
+                    Err(_) => {}
                 }
             }
         }
-        false
+        Ok(false)
     }
 
     /// Moves the range out of device memory.

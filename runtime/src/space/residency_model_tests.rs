@@ -223,6 +223,8 @@ struct World {
     adrift: BTreeSet<u64>,
     next: u64,
     stops: u64,
+    /// Device memory is refused now and then.
+    starved: bool,
     lost: bool,
 }
 
@@ -265,6 +267,7 @@ impl World {
             adrift: BTreeSet::new(),
             next: 1,
             stops: 0,
+            starved: false,
             lost: false,
             layout,
         }
@@ -340,15 +343,9 @@ impl World {
 
     fn gpu(&mut self, device: u32, span: Span, access: GpuAccess, bracketed: bool, hold: bool) {
         let device = device % self.devices.len() as u32;
-        if self.svm.space.garbage_len() > 0 && self.next.is_multiple_of(3) {
-            self.release_all();
-        }
         let want = Want { bracketed, ..Want::fault(access) };
         let own: Vec<_> = self.held.iter().flat_map(|h| h.ranges.clone()).collect();
         let alone = self.held.is_empty();
-        if self.partly_unmapped_and_held() {
-            self.release_all();
-        }
         match self.svm.gpu_access_holding(device, span.start, span.len(), want, &own) {
             Ok(ranges) => {
                 let mut held = Held { device, ranges, span };
@@ -364,13 +361,6 @@ impl World {
         }
     }
 
-    /// Whether the garbage collector has to wait for held work.
-    fn partly_unmapped_and_held(&self) -> bool {
-        let pending = self.mail.pending();
-        let gone = |r: &Arc<Range>| r.is_gone() || pending.iter().any(|s| s.overlaps(r.span()));
-        self.held.iter().flat_map(|h| &h.ranges).any(gone)
-    }
-
     /// Whether a device access may fail so.
     fn judge(&self, span: Span, access: GpuAccess, alone: bool, error: &Error) {
         let right = |addr| {
@@ -380,7 +370,11 @@ impl World {
         let allowed = each(span).all(right);
         let excused = match error {
             Error::OutOfHostMemory { .. } | Error::Busy { .. } => self.stops > 0,
-            Error::OutOfDeviceMemory { .. } => !alone,
+            // More than one range may be more than there is, in one piece or at all.
+            Error::OutOfDeviceMemory { .. } => {
+                let largest = self.layout.chunks[0];
+                !alone || self.starved || Span::around(span.start, largest) != Span::around(span.end - 1, largest)
+            }
             Error::NotSupported(_) => access == GpuAccess::Atomic && !self.layout.atomics,
             Error::DeviceLost { .. } => self.lost,
             _ => false,
@@ -573,7 +567,10 @@ impl World {
             }
             Op::Child => self.child(),
             Op::Stops(one_in) => self.set_stops(one_in),
-            Op::Vram(one_in) => self.devices.iter().for_each(|d| d.set_failures(one_in)),
+            Op::Vram(one_in) => {
+                self.starved = one_in > 0;
+                self.devices.iter().for_each(|d| d.set_failures(one_in));
+            }
         }
     }
 
@@ -713,6 +710,8 @@ impl World {
         if by_closing {
             let closed = self.svm.close();
             assert!(closed.is_ok() || self.lost, "{closed:?}");
+            // As the runtime does: what mremap moved is registered where no range is.
+            self.host.unregister(part(0, self.layout.pages));
         }
         let pages: Vec<u64> = self.model.keys().copied().collect();
         pages.iter().for_each(|addr| self.cpu_read(*addr));

@@ -38,6 +38,8 @@ use crate::space::{Ctx, Event, EventKind, Space};
 pub const TRIES: u32 = 2000;
 /// Tries to get pages that are pinned or shared before the range is reached over the link instead.
 const BUSY_TRIES: u32 = 4;
+/// Tries to get a range of which some page is not mapped any more.
+const GONE_TRIES: u32 = 200;
 /// How long an access waits for device memory that running work holds.
 pub const PIN_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -197,10 +199,12 @@ impl Svm {
 
     fn gpu_access_one(&self, device: u32, addr: u64, want: Want, own: [&[Arc<Range>]; 2]) -> Result<Arc<Range>> {
         let started = Instant::now();
-        let mut busy = 0;
+        let (mut busy, mut gone) = (0, 0);
         let mut remote = false;
         let mut full_since = None;
-        for attempt in 0..TRIES {
+        let mut attempt = 0;
+        while attempt < TRIES {
+            attempt += 1;
             if self.closed.load(Ordering::Acquire) {
                 return Err(Error::NotRunning("it withdrew"));
             }
@@ -226,6 +230,11 @@ impl Svm {
             };
             match error {
                 Error::Again { .. } => back_off(attempt),
+                // Another page of the range went away, and the event was not handled yet.
+                Error::Gone { .. } if gone < GONE_TRIES && self.granted(want.access, addr).is_ok() => {
+                    gone += 1;
+                    back_off(attempt);
+                }
                 Error::Mixed { span } => self.bring_home(span, Cause::GpuAccess)?,
                 Error::Busy { span } if busy < BUSY_TRIES => {
                     busy += 1;
@@ -246,6 +255,8 @@ impl Svm {
                         return Err(Error::OutOfDeviceMemory { needed, capacity, busy });
                     }
                     self.mover.released().wait(seen, Duration::from_millis(2));
+                    // Bounded by time, not by number.
+                    attempt -= 1;
                 }
                 e => return Err(e),
             }
@@ -295,9 +306,9 @@ impl Svm {
             Placement::Share => mover.to_device(&range, &mut state, device, want.cause)?,
             Placement::Remote => self.settle_for_remote(&range, &mut state, device, want)?,
         }
-        let access = self.granted(&range, want.access, addr)?;
+        self.granted(want.access, addr)?;
         let Ok(commit) = range.commit(ticket) else { return Ok(None) };
-        let flags = mover.bind(&range, &mut state, device, access)?;
+        let flags = mover.bind(&range, &mut state, device, want.access)?;
         commit.set_pages(flags);
         if want.pin {
             range.data.pin();
@@ -307,19 +318,16 @@ impl Svm {
         Ok(Some(range))
     }
 
-    /// What the access is mapped for: read-only mappings are never bound writable.
-    fn granted(&self, range: &Range, access: GpuAccess, addr: u64) -> Result<GpuAccess> {
+    /// Whether the mapping at `addr` allows the access: read-only mappings are never bound writable.
+    fn granted(&self, access: GpuAccess, addr: u64) -> Result<()> {
         let vma = self.mover.host.find_vma(addr)?.ok_or(Error::NoVma { addr })?;
-        if !vma.span.covers(range.span()) && !vma.span.contains(addr) {
-            return Err(Error::Gone { addr });
-        }
         if !vma.read && !vma.write {
             return Err(Error::Gone { addr });
         }
         if access.writes() && !vma.write {
             return Err(Error::NotWritable { addr });
         }
-        Ok(access)
+        Ok(())
     }
 
     fn place(&self, range: &Range, state: &State, device: u32, want: Want, migratable: bool) -> Placement {
@@ -397,7 +405,8 @@ impl Svm {
         self.space.collect_garbage(|range| self.destroy(range, Cause::User)).map(|_| ())
     }
 
-    /// Brings home what is left of a range and gives up what it holds.
+    /// Brings home what is left of a range and gives up what it holds. Work that had it pinned lost its mapping with the
+    /// event already and faults again; to wait for that work here could be to wait for the caller's own.
     fn destroy(&self, range: &Arc<Range>, cause: Cause) -> Result<()> {
         // Held until the range's own lock is: what mremap takes away is on this list before it can be collected.
         let landings = self.landings();
@@ -406,9 +415,6 @@ impl Svm {
         }
         let mut state = range.data.lock();
         drop(landings);
-        if range.data.is_pinned() && !state.is_home() {
-            return Err(Error::Again { what: "collecting a range in use", tries: 1 });
-        }
         self.salvage(range, &mut state, cause)?;
         self.mover.dissolve(range, &mut state);
         Ok(())
