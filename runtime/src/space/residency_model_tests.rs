@@ -382,10 +382,15 @@ impl World {
         assert!(!allowed || excused, "{access:?} of {span} by the device failed: {error}");
     }
 
+    fn fault_in(&self, device: u32, addr: u64, access: GpuAccess, own: &[Arc<Range>]) -> Result<Vec<Arc<Range>>, Error> {
+        self.svm.gpu_access_holding(device, addr, 1, Want::fault(access), own)
+    }
+
     /// One access of device work to one page, served as often as it must be.
     fn engine(&mut self, held: &mut Held, addr: u64, access: GpuAccess) {
         let writes = access.writes() && self.host.rights(addr).1;
         let new = if writes { Some(self.fresh()) } else { None };
+        let mut own: Vec<_> = self.held.iter().chain([&*held]).flat_map(|h| h.ranges.clone()).collect();
         for _ in 0..PATIENCE {
             match self.devices[held.device as usize].engine(addr, |_| new) {
                 Engine::Value(old) => {
@@ -398,8 +403,11 @@ impl World {
                 Engine::Link(Touch::Waits) => drop(self.svm.cpu_fault(addr, true)),
                 Engine::Link(_) => return,
                 // An unmap event came between: the device faults again.
-                Engine::Faults => match self.svm.gpu_access(held.device, addr, 1, Want::fault(access)) {
-                    Ok(more) => held.ranges.extend(more),
+                Engine::Faults => match self.fault_in(held.device, addr, access, &own) {
+                    Ok(more) => {
+                        own.extend(more.iter().cloned());
+                        held.ranges.extend(more);
+                    }
                     Err(e) => return self.judge(Span::sized(addr, SZ_4K), access, false, &e),
                 },
             }
@@ -756,8 +764,15 @@ fn small(seed: u64, devices: usize, atomics: bool, threshold: bool) -> Layout {
     }
 }
 
+/// So many cases, unless the environment says otherwise.
+fn config(cases: u32) -> ProptestConfig {
+    let usual = ProptestConfig::default();
+    let cases = if std::env::var_os("PROPTEST_CASES").is_some() { usual.cases } else { cases };
+    ProptestConfig { cases, max_shrink_iters: 4000, failure_persistence: None, ..usual }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, max_shrink_iters: 4000, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(config(2000))]
 
     #[test]
     fn every_page_reads_as_last_written(
@@ -769,7 +784,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, max_shrink_iters: 400, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(config(100))]
 
     #[test]
     fn huge_ranges_too(ops in ops(1024 + 16, 40), seed in any::<u32>(), by_closing in any::<bool>()) {
@@ -784,7 +799,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 100, max_shrink_iters: 2000, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(config(500))]
 
     /// Data that lived only on a lost device is never silently zero: it reads as it was, or not at all.
     #[test]

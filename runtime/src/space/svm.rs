@@ -558,7 +558,7 @@ impl Svm {
 
     /// munmap, or a mapping placed over `span`: its contents are gone. Device mappings are gone when this returns.
     pub fn unmapped(&self, span: Span) {
-        self.change_landings(|landing| landing.pages = landing.pages.minus(&PageMask::of(landing.to, span)));
+        self.drop_landings(span);
         let mut kept = Vec::new();
         for range in self.invalidate(EventKind::Unmap, span) {
             let mut state = range.data.lock();
@@ -591,7 +591,7 @@ impl Svm {
 
     /// madvise(DONTNEED, FREE, REMOVE) is about to drop the contents of `span`, the mapping stays.
     pub fn discarded(&self, span: Span) {
-        self.change_landings(|landing| landing.pages = landing.pages.minus(&PageMask::of(landing.to, span)));
+        self.drop_landings(span);
         for range in self.invalidate(EventKind::Clear, span) {
             let mut state = range.data.lock();
             self.mover.unshare_copy(&range, &mut state);
@@ -605,12 +605,9 @@ impl Svm {
         let shift = to.wrapping_sub(from);
         self.unmapped_ranges_only(Span::sized(to, len));
         self.mover.host.moved(from, to, len);
-        self.change_landings(|landing| {
-            if landing.to.overlaps(old) {
-                landing.to = Span::sized(landing.to.start.wrapping_add(shift), landing.to.len());
-            }
-        });
+        self.drop_landings(Span::sized(to, len));
         let mut landings = self.landings();
+        shift_landings(&mut landings, old, shift);
         for range in self.invalidate(EventKind::Unmap, old) {
             let pages = PageMask::of(range.span(), old);
             let to = Span::sized(range.span().start.wrapping_add(shift), range.span().len());
@@ -628,8 +625,16 @@ impl Svm {
         }
     }
 
-    fn change_landings(&self, f: impl FnMut(&mut Landing)) {
-        self.landings().iter_mut().for_each(f);
+    /// What was to land in `span` is nobody's.
+    fn drop_landings(&self, span: Span) {
+        for landing in self.landings().iter_mut() {
+            let gone = landing.pages.and(&PageMask::of(landing.to, span));
+            if !gone.is_empty() {
+                landing.pages = landing.pages.minus(&gone);
+                let mut state = landing.range.data.lock();
+                self.mover.drop_pages(&landing.range, &mut state, &gone, true);
+            }
+        }
     }
 
     fn landings(&self) -> MutexGuard<'_, Vec<Landing>> {
@@ -818,6 +823,20 @@ impl Svm {
     pub fn count(&self, counter: Counter) -> u64 {
         self.mover.observer.stats.get(counter)
     }
+}
+
+/// What was to land in `old` lands `shift` further: mremap moved its place before it arrived.
+fn shift_landings(landings: &mut Vec<Landing>, old: Span, shift: u64) {
+    let mut shifted = Vec::new();
+    for landing in landings.iter_mut() {
+        let pages = landing.pages.and(&PageMask::of(landing.to, old));
+        if !pages.is_empty() {
+            landing.pages = landing.pages.minus(&pages);
+            let to = Span::sized(landing.to.start.wrapping_add(shift), landing.to.len());
+            shifted.push(Landing { range: landing.range.clone(), pages, to });
+        }
+    }
+    landings.append(&mut shifted);
 }
 
 fn may_be_remote(want: Want, atomics: bool) -> bool {
