@@ -67,6 +67,8 @@ mod reference_tests;
 mod residency_fake;
 #[cfg(test)]
 mod residency_model_tests;
+#[cfg(test)]
+mod residency_thread_tests;
 
 pub use chunk::Chunks;
 pub use invalidate::{Event, EventKind, InvalidateInfo};

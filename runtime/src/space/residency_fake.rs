@@ -4,10 +4,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::result::Result as StdResult;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::ports::{
-    AddressSpace, Backing, Bo, Device, DeviceInfo, FlipError, FlipStop, GpuAccess, HostMemory, Shadow, Vma, VmaKind,
+    AddressSpace, Backing, Bo, Device, DeviceInfo, Facts, FlipError, FlipStop, GpuAccess, HostMemory, Placement, Policy,
+    Return, Shadow, Vma, VmaKind,
 };
 use crate::ground::addr::{PageMask, SZ_4K, Span};
 use crate::ground::error::{Error, Result};
@@ -29,6 +31,51 @@ impl Dice {
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
         (self.0 >> 11) % sides
+    }
+}
+
+/// Any policy there could be: by mode, or anything allowed.
+#[derive(Debug)]
+pub struct AnyPolicy {
+    /// Migrate, reach over the link, share, or any of these.
+    pub mode: AtomicU32,
+    dice: Mutex<Dice>,
+}
+
+impl AnyPolicy {
+    pub fn new(seed: u64, mode: u32) -> Arc<Self> {
+        Arc::new(Self { mode: AtomicU32::new(mode), dice: Mutex::new(Dice::new(seed)) })
+    }
+
+    fn roll(&self, sides: u64) -> u64 {
+        self.dice.lock().unwrap().roll(sides)
+    }
+}
+
+impl Policy for AnyPolicy {
+    fn name(&self) -> &'static str {
+        "any"
+    }
+
+    fn gpu_access(&self, facts: &Facts<'_>) -> Placement {
+        let share = facts.bracketed && facts.access == GpuAccess::Read;
+        if facts.access == GpuAccess::Atomic {
+            return Placement::Migrate;
+        }
+        match (self.mode.load(Ordering::Relaxed), self.roll(4)) {
+            (0, _) | (3, 0) => Placement::Migrate,
+            (1, _) | (3, 1) => Placement::Remote,
+            (2, _) | (3, _) if share => Placement::Share,
+            _ => Placement::Migrate,
+        }
+    }
+
+    fn cpu_fault(&self, _facts: &Facts<'_>) -> Return {
+        match self.roll(4) {
+            0 => Return::Block(SZ_4K),
+            1 => Return::Block(4 * SZ_4K),
+            _ => Return::Range,
+        }
     }
 }
 

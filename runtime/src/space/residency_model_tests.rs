@@ -2,15 +2,15 @@
 //! and wherever a page refuses to move, every page reads as it was last written.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, Weak};
 
 use proptest::prelude::*;
 
 use super::mover::{Mover, Range};
-use super::ports::{Advice, Backing, Facts, GpuAccess, HostMemory, Placement, Policy, Return};
+use super::ports::{Advice, Backing, Device, GpuAccess, HostMemory};
 use super::residency::bytes;
-use super::residency_fake::{Dice, Engine, FakeDevice, FakeHost, Touch};
+use super::residency_fake::{AnyPolicy, Dice, Engine, FakeDevice, FakeHost, Touch};
 use super::svm::{Served, Svm, Wait, Want};
 use super::{Space, SpaceConfig};
 use crate::ground::addr::{SZ_2M, SZ_4K, SZ_64K, Span};
@@ -33,50 +33,6 @@ fn part(first: usize, count: usize) -> Span {
 
 fn each(span: Span) -> impl Iterator<Item = u64> {
     (span.start..span.end).step_by(SZ_4K as usize)
-}
-
-/// Any policy there could be: by mode, or anything allowed.
-#[derive(Debug)]
-struct AnyPolicy {
-    mode: AtomicU32,
-    dice: Mutex<Dice>,
-}
-
-impl AnyPolicy {
-    fn new(seed: u64) -> Arc<Self> {
-        Arc::new(Self { mode: AtomicU32::new(0), dice: Mutex::new(Dice::new(seed)) })
-    }
-
-    fn roll(&self, sides: u64) -> u64 {
-        self.dice.lock().unwrap().roll(sides)
-    }
-}
-
-impl Policy for AnyPolicy {
-    fn name(&self) -> &'static str {
-        "any"
-    }
-
-    fn gpu_access(&self, facts: &Facts<'_>) -> Placement {
-        let share = facts.bracketed && facts.access == GpuAccess::Read;
-        if facts.access == GpuAccess::Atomic {
-            return Placement::Migrate;
-        }
-        match (self.mode.load(Ordering::Relaxed), self.roll(4)) {
-            (0, _) | (3, 0) => Placement::Migrate,
-            (1, _) | (3, 1) => Placement::Remote,
-            (2, _) | (3, _) if share || facts.advice.read_mostly && facts.bracketed && share => Placement::Share,
-            _ => Placement::Migrate,
-        }
-    }
-
-    fn cpu_fault(&self, _facts: &Facts<'_>) -> Return {
-        match self.roll(4) {
-            0 => Return::Block(SZ_4K),
-            1 => Return::Block(4 * SZ_4K),
-            _ => Return::Range,
-        }
-    }
 }
 
 /// What one page holds.
@@ -239,9 +195,9 @@ impl World {
             .zip(1..)
             .map(|(pages, n)| FakeDevice::new(host.clone(), *pages, layout.atomics, seed + n))
             .collect();
-        let policy = AnyPolicy::new(seed + 10);
+        let policy = AnyPolicy::new(seed + 10, 0);
         let space = Space::new(SpaceConfig { chunk_sizes: layout.chunks.clone(), ..SpaceConfig::default() }).unwrap();
-        let ports = devices.iter().map(|d| d.clone() as Arc<dyn super::ports::Device>).collect();
+        let ports = devices.iter().map(|d| d.clone() as Arc<dyn Device>).collect();
         let mover = Mover::new(host.clone(), ports, policy.clone(), Arc::new(Observer::new()));
         let svm = Arc::new(Svm::new(space, mover, layout.threshold));
         let mail = Arc::new(Mail::default());
@@ -369,7 +325,11 @@ impl World {
         };
         let allowed = each(span).all(right);
         let excused = match error {
-            Error::OutOfHostMemory { .. } | Error::Busy { .. } => self.stops > 0,
+            Error::OutOfHostMemory { .. } => self.stops > 0,
+            // A neighbour that is read-only keeps the range where atomics may not work.
+            Error::Busy { .. } => {
+                self.stops > 0 || access == GpuAccess::Atomic && !self.layout.atomics && self.any_protected()
+            }
             // More than one range may be more than there is, in one piece or at all.
             Error::OutOfDeviceMemory { .. } => {
                 let largest = self.layout.chunks[0];
@@ -582,6 +542,10 @@ impl World {
         }
     }
 
+    fn any_protected(&self) -> bool {
+        self.model.keys().any(|addr| self.host.rights(*addr) != (true, true))
+    }
+
     fn any_strayed(&self) -> bool {
         self.svm.residence(ALL).strayed > 0
     }
@@ -651,7 +615,6 @@ impl World {
         assert_eq!(self.svm.mover.retained_bytes(), sums.2);
         assert_eq!(self.host.held().0, shadows);
         for (n, device) in self.devices.iter().enumerate() {
-            use super::ports::Device;
             assert_eq!(device.info().vram_bytes - device.vram_free_bytes(), used[n], "of device {n}");
             for (addr, backing, access) in device.table() {
                 self.check_translation(n, addr, backing, access, &table);
@@ -732,7 +695,6 @@ impl World {
         }
         assert_eq!(self.host.held(), (0, 0, 0), "shadows, pages booked and registered");
         for device in &self.devices {
-            use super::ports::Device;
             assert_eq!(device.vram_free_bytes(), device.info().vram_bytes);
             assert!(device.table().is_empty());
         }

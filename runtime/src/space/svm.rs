@@ -300,7 +300,8 @@ impl Svm {
         match placement {
             Placement::Migrate => mover.to_device(&range, &mut state, device, want.cause)?,
             Placement::Share if state.is_home() => match mover.share(&range, &mut state, device, want.cause) {
-                Err(Error::NotSupported(_)) => mover.to_device(&range, &mut state, device, want.cause)?,
+                // Writes cannot be tracked, or a page of the range cannot be read: the move tells what can be done.
+                Err(Error::NotSupported(_) | Error::Gone { .. }) => mover.to_device(&range, &mut state, device, want.cause)?,
                 other => other?,
             },
             Placement::Share => mover.to_device(&range, &mut state, device, want.cause)?,
