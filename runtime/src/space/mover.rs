@@ -185,7 +185,11 @@ impl Mover {
             return Ok(());
         }
         let started = Instant::now();
-        self.host.register(span)?;
+        let wanted = alive.minus(&m.vram).minus(&m.strayed);
+        // What is away is registered, or its mapping was replaced: a new one must not be taken for the old.
+        for (first, count) in wanted.runs() {
+            self.host.register(span.page_run(first, count))?;
+        }
         if m.shadow.is_none() {
             m.shadow = Some(self.host.shadow_alloc(span.len())?);
         }
@@ -197,7 +201,6 @@ impl Mover {
         self.unbind(range, bound);
         let (Some(shadow), Some(bo)) = (&m.shadow, &m.bo) else { unreachable!("made above") };
 
-        let wanted = alive.minus(&m.vram).minus(&m.strayed);
         let (flipped, stopped) = match self.host.flip_out(span, shadow, &wanted) {
             Ok(flipped) => (flipped, None),
             Err(stop) => (stop.moved, Some(stop.why)),
