@@ -21,7 +21,7 @@
 //! Whoever gives up says what it waited for.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock, TryLockError};
 use std::time::{Duration, Instant};
 
 use crate::ground::addr::{PageMask, SZ_4K, Span};
@@ -119,7 +119,7 @@ pub struct Svm {
     pub advices: Advices,
     ctx: Ctx,
     landings: Mutex<Vec<Landing>>,
-    /// Set while a fork is prepared: nothing goes to a device.
+    /// Above zero while a fork is prepared: nothing goes to a device. Each try of a device access holds it for read.
     frozen: RwLock<u32>,
     closed: AtomicBool,
     barrier: RwLock<Option<Arc<dyn Fn() + Send + Sync>>>,
@@ -273,7 +273,7 @@ impl Svm {
     /// One try. `None`: the mappings changed meanwhile.
     fn try_gpu_access(&self, device: u32, addr: u64, want: Want, remote: bool) -> Result<Option<Arc<Range>>> {
         let frozen = self.frozen.read().unwrap_or_else(|p| p.into_inner());
-        if *frozen > 0 {
+        if *frozen > 0 || self.closed.load(Ordering::Acquire) {
             return Ok(None);
         }
         let mover = &self.mover;
@@ -439,16 +439,17 @@ impl Svm {
         if !self.settle_landings() && self.awaits_landing(page) {
             return Served::Retry(Wait::Events);
         }
-        let Some(range) = self.space.find(page) else { return self.hole(Span::sized(page, SZ_4K)) };
+        let Some(range) = self.space.find(page) else { return self.rangeless(page, patient) };
         let mut state = match range.data.try_lock() {
             Some(state) => state,
             None if patient => range.data.lock(),
             None => return Served::Retry(Wait::Lock),
         };
-        let span = range.span();
-        let index = span.page_index(page);
-        let away = state.moved.as_ref().is_some_and(|m| m.vram.get(index) || m.strayed.get(index));
-        if !away {
+        if !is_away(&range, &state, page) {
+            if range.is_gone() {
+                drop(state);
+                return self.rangeless(page, patient);
+            }
             return self.not_away(&range, &mut state, page);
         }
         if range.data.is_pinned() {
@@ -522,6 +523,23 @@ impl Svm {
         }
         self.mover.unshare_copy(range, state);
         self.hole(range.span())
+    }
+
+    /// A hole that no range holds, or one that waits to be collected. It goes back to the kernel, but only while no device
+    /// access can make a new range there and take the page away.
+    fn rangeless(&self, page: u64, patient: bool) -> Served {
+        let _alone = match self.frozen.try_write() {
+            Ok(alone) => alone,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) if patient => self.frozen.write().unwrap_or_else(|p| p.into_inner()),
+            Err(TryLockError::WouldBlock) => return Served::Retry(Wait::Lock),
+        };
+        let span = Span::sized(page, SZ_4K);
+        let Some(range) = self.space.find(page) else { return self.hole(span) };
+        match range.data.try_lock() {
+            Some(state) if range.is_gone() && !is_away(&range, &state, page) => self.hole(span),
+            _ => Served::Retry(Wait::Lock),
+        }
     }
 
     fn hole(&self, span: Span) -> Served {
@@ -732,6 +750,8 @@ impl Svm {
     /// Ends it all: everything comes home and no access is served any more. What cannot come home is reported.
     pub fn close(&self) -> Result<()> {
         self.closed.store(true, Ordering::Release);
+        // Device accesses that did not see it are over then.
+        drop(self.frozen.write().unwrap_or_else(|p| p.into_inner()));
         let everything = Span::new(0, u64::MAX);
         let result = self.bring_home(everything, Cause::User);
         for range in self.space.clear() {
@@ -838,6 +858,12 @@ fn shift_landings(landings: &mut Vec<Landing>, old: Span, shift: u64) {
         }
     }
     landings.append(&mut shifted);
+}
+
+/// Whether the CPU cannot have `page` before it comes back.
+fn is_away(range: &Range, state: &State, page: u64) -> bool {
+    let index = range.span().page_index(page);
+    state.moved.as_ref().is_some_and(|m| m.vram.get(index) || m.strayed.get(index))
 }
 
 fn may_be_remote(want: Want, atomics: bool) -> bool {
