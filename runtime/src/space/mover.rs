@@ -22,10 +22,8 @@ use crate::ground::addr::{PageMask, SZ_2M, SZ_4K, SZ_64K, Span};
 use crate::ground::error::{Error, Result};
 use crate::observe::observer::Observer;
 use crate::observe::stats::{Cause, Counter, Direction};
-use crate::space::ports::{
-    Backing, Bo, Device, FlipError, GpuAccess, HostMemory, Placement, Policy, Shadow,
-};
 use crate::space::notifier::RangeFlags;
+use crate::space::ports::{Backing, Bo, Device, FlipError, GpuAccess, HostMemory, Placement, Policy, Shadow};
 use crate::space::range::Range as SpaceRange;
 use crate::space::residency::{Moved, Residency, State, bytes};
 
@@ -83,8 +81,10 @@ impl Mover {
         policy: Arc<dyn Policy>,
         observer: Arc<Observer>,
     ) -> Self {
-        let places =
-            devices.into_iter().map(|device| Place { device, lru: Mutex::new(LruCache::unbounded()) }).collect();
+        let places = devices
+            .into_iter()
+            .map(|device| Place { device, lru: Mutex::new(LruCache::unbounded()) })
+            .collect();
         Self {
             host,
             places,
@@ -153,7 +153,11 @@ impl Mover {
     /// Makes all of the range's truth device memory of `device`. Everything or nothing: what an error leaves strayed is
     /// put back at once where the kernel allows, or by the CPU's next touch.
     pub fn to_device(&self, range: &Arc<Range>, state: &mut State, device: u32, cause: Cause) -> Result<()> {
-        if state.moved.as_ref().is_some_and(|m| m.device != device && (m.bo.is_some() || !m.strayed.is_empty())) {
+        if state
+            .moved
+            .as_ref()
+            .is_some_and(|m| m.device != device && (m.bo.is_some() || !m.strayed.is_empty()))
+        {
             self.unshare_copy(range, state);
             self.to_host(range, state, &PageMask::first(range.span().pages()), cause)?;
         }
@@ -251,7 +255,13 @@ impl Mover {
     }
 
     /// Makes the truth of `pages` the application's again and wakes who waits for them.
-    pub fn to_host(&self, range: &Arc<Range>, state: &mut State, pages: &PageMask, cause: Cause) -> Result<()> {
+    pub fn to_host(
+        &self,
+        range: &Arc<Range>,
+        state: &mut State,
+        pages: &PageMask,
+        cause: Cause,
+    ) -> Result<()> {
         if state.is_home() {
             return Ok(());
         }
@@ -389,7 +399,13 @@ impl Mover {
     }
 
     /// The program moved `pages` of the range by mremap to `to`: they land there. On an error the rest is still strayed.
-    pub fn land_elsewhere(&self, range: &Arc<Range>, state: &mut State, pages: &PageMask, to: Span) -> Result<()> {
+    pub fn land_elsewhere(
+        &self,
+        range: &Arc<Range>,
+        state: &mut State,
+        pages: &PageMask,
+        to: Span,
+    ) -> Result<()> {
         let State { bound, moved: Some(moved) } = state else { return Ok(()) };
         self.unbind(range, bound);
         let span = range.span();
@@ -554,11 +570,19 @@ impl Mover {
 
     /// Maps the range on `device` for `access`, at what its truth is, and gives the flags to commit. Called with
     /// invalidations kept out.
-    pub fn bind(&self, range: &Arc<Range>, state: &mut State, device: u32, access: GpuAccess) -> Result<RangeFlags> {
+    pub fn bind(
+        &self,
+        range: &Arc<Range>,
+        state: &mut State,
+        device: u32,
+        access: GpuAccess,
+    ) -> Result<RangeFlags> {
         let span = range.span();
         let bit = 1u32 << device;
         let backing = match state.moved.as_deref_mut() {
-            Some(m) if !m.strayed.is_empty() || !m.dead.is_empty() => return Err(Error::Gone { addr: span.start }),
+            Some(m) if !m.strayed.is_empty() || !m.dead.is_empty() => {
+                return Err(Error::Gone { addr: span.start });
+            }
             Some(m) if !m.vram.is_empty() => {
                 if m.vram.count() != span.pages() || m.device != device {
                     return Err(Error::Mixed { span });

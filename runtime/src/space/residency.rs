@@ -94,7 +94,6 @@ pub struct State {
 }
 
 impl State {
-
     /// Whether all truth is with the application.
     pub fn is_home(&self) -> bool {
         self.moved.as_ref().is_none_or(|m| m.vram.is_empty() && m.strayed.is_empty())
@@ -165,7 +164,10 @@ impl Moved {
         debug_assert!(self.vram.minus(&all).is_empty() && self.retained.minus(&all).is_empty());
         debug_assert!(self.vram.is_empty() || self.bo.is_some(), "truth in device memory has device memory");
         debug_assert!(self.retained.is_empty() || self.shadow.is_some(), "retained pages have a shadow");
-        debug_assert!(!self.shared || (self.vram.is_empty() && self.bo.is_some()), "a shared range is at home");
+        debug_assert!(
+            !self.shared || (self.vram.is_empty() && self.bo.is_some()),
+            "a shared range is at home"
+        );
     }
 }
 
@@ -211,7 +213,8 @@ impl Advices {
     pub fn update(&self, span: Span, change: impl Fn(&mut Advice)) {
         let mut map = self.map.write().unwrap_or_else(|p| p.into_inner());
         let mut pieces = Vec::new();
-        let before = map.range(..span.start).next_back().map(|(s, v)| (*s, *v)).filter(|(_, (e, _))| *e > span.start);
+        let before =
+            map.range(..span.start).next_back().map(|(s, v)| (*s, *v)).filter(|(_, (e, _))| *e > span.start);
         let inside: Vec<_> = map.range(span.start..span.end).map(|(s, v)| (*s, *v)).collect();
         let mut at = span.start;
         for (start, (end, advice)) in before.into_iter().chain(inside) {

@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::ports::{
-    AddressSpace, Backing, Bo, Device, DeviceInfo, Facts, FlipError, FlipStop, GpuAccess, HostMemory, Placement, Policy,
-    Return, Shadow, Vma, VmaKind,
+    AddressSpace, Backing, Bo, Device, DeviceInfo, Facts, FlipError, FlipStop, GpuAccess, HostMemory,
+    Placement, Policy, Return, Shadow, Vma, VmaKind,
 };
 use crate::ground::addr::{PageMask, SZ_4K, Span};
 use crate::ground::error::{Error, Result};
@@ -177,7 +177,8 @@ impl Kernel {
     }
 
     fn slot(&mut self, shadow: &Shadow) -> &mut Slot {
-        let slot = self.slots.get_mut(&shadow.span.start).expect("a shadow that was not given out, or given back");
+        let slot =
+            self.slots.get_mut(&shadow.span.start).expect("a shadow that was not given out, or given back");
         assert_eq!(slot.len, shadow.span.len());
         slot
     }
@@ -342,7 +343,8 @@ impl FakeHost {
     /// Pages where the books and the kernel disagree.
     pub fn misbooked(&self) -> Vec<u64> {
         let k = self.kernel();
-        let real: BTreeSet<u64> = k.areas.iter().filter(|(_, a)| a.registered).map(|(addr, _)| *addr).collect();
+        let real: BTreeSet<u64> =
+            k.areas.iter().filter(|(_, a)| a.registered).map(|(addr, _)| *addr).collect();
         k.book.symmetric_difference(&real).copied().collect()
     }
 }
@@ -352,7 +354,8 @@ impl AddressSpace for FakeHost {
         let k = self.kernel();
         let page = addr & !(SZ_4K - 1);
         let Some(area) = k.areas.get(&page) else { return Ok(None) };
-        let same = |addr: u64| k.areas.get(&addr).is_some_and(|a| (a.read, a.write) == (area.read, area.write));
+        let same =
+            |addr: u64| k.areas.get(&addr).is_some_and(|a| (a.read, a.write) == (area.read, area.write));
         let mut span = Span::sized(page, SZ_4K);
         while same(span.end) {
             span.end += SZ_4K;
@@ -463,7 +466,8 @@ impl HostMemory for FakeHost {
         assert_eq!(app.len(), shadow.span.len());
         let first = *k.slot(shadow).app.get_or_insert(app);
         assert_eq!(first, app, "a shadow serves one range");
-        let there: Vec<_> = addresses(app, pages).into_iter().filter(|(_, a)| k.pages.contains_key(a)).collect();
+        let there: Vec<_> =
+            addresses(app, pages).into_iter().filter(|(_, a)| k.pages.contains_key(a)).collect();
         let errors = [FlipError::Again, FlipError::Busy, FlipError::Mismatch, FlipError::NoMemory];
         let plan = k.plan(there.len(), &errors);
         let mut moved = PageMask::EMPTY;
@@ -562,7 +566,8 @@ impl FakeHost {
         let mut k = self.kernel();
         assert_eq!(app.len(), shadow.span.len());
         let list = addresses(app, pages);
-        let plan = k.plan(list.len(), &[FlipError::Again, FlipError::Again, FlipError::Busy, FlipError::NoMemory]);
+        let plan =
+            k.plan(list.len(), &[FlipError::Again, FlipError::Again, FlipError::Busy, FlipError::NoMemory]);
         let mut moved = PageMask::EMPTY;
         for (n, (page, addr)) in list.iter().enumerate() {
             if let Some((after, why)) = plan
@@ -570,7 +575,8 @@ impl FakeHost {
             {
                 return Err(FlipStop { moved, why });
             }
-            let value = *k.slot(shadow).pages.get(&(*page as u64)).expect("a page that arrives is in the shadow");
+            let value =
+                *k.slot(shadow).pages.get(&(*page as u64)).expect("a page that arrives is in the shadow");
             if let Some(why) = k.refuses(*addr, flip) {
                 return Err(FlipStop { moved, why });
             }
@@ -701,7 +707,10 @@ impl Device for FakeDevice {
 
     fn vram_alloc(&self, len: u64) -> Option<Bo> {
         let mut card = self.card();
-        if card.fail_every > 0 && { let n = card.fail_every; card.dice.roll(n) == 0 } {
+        if card.fail_every > 0 && {
+            let n = card.fail_every;
+            card.dice.roll(n) == 0
+        } {
             return None;
         }
         let mut offset = 0;
@@ -728,7 +737,10 @@ impl Device for FakeDevice {
         assert_eq!(card.blocks.remove(&bo.offset), Some(bo.len), "freed once");
         let inside = Span::sized(bo.offset, bo.len);
         for (addr, (backing, _)) in &card.table {
-            assert!(!matches!(backing, Backing::Vram(o) if inside.contains(*o)), "{addr:#x} still maps freed memory");
+            assert!(
+                !matches!(backing, Backing::Vram(o) if inside.contains(*o)),
+                "{addr:#x} still maps freed memory"
+            );
         }
         card.memory.retain(|page, _| !inside.contains(*page));
     }

@@ -61,7 +61,14 @@ impl Cell {
 enum Op {
     CpuRead(usize),
     CpuWrite(usize, usize),
-    Gpu { device: u32, first: usize, count: usize, access: GpuAccess, bracketed: bool, hold: bool },
+    Gpu {
+        device: u32,
+        first: usize,
+        count: usize,
+        access: GpuAccess,
+        bracketed: bool,
+        hold: bool,
+    },
     Prefetch(u32, usize, usize),
     Release,
     BringHome(usize, usize),
@@ -70,10 +77,19 @@ enum Op {
     ReadMostly(usize, usize, bool),
     Policy(u32),
     /// Late: 0 at once, 1 unread, 2 read but not handled.
-    Unmap { first: usize, count: usize, again: bool, late: u8 },
+    Unmap {
+        first: usize,
+        count: usize,
+        again: bool,
+        late: u8,
+    },
     Map(usize, usize),
     DontNeed(usize, usize),
-    Remap { from: usize, to: usize, count: usize },
+    Remap {
+        from: usize,
+        to: usize,
+        count: usize,
+    },
     Protect(usize, usize, u8),
     Deliver,
     Collect,
@@ -196,7 +212,8 @@ impl World {
             .map(|(pages, n)| FakeDevice::new(host.clone(), *pages, layout.atomics, seed + n))
             .collect();
         let policy = AnyPolicy::new(seed + 10, 0);
-        let space = Space::new(SpaceConfig { chunk_sizes: layout.chunks.clone(), ..SpaceConfig::default() }).unwrap();
+        let space =
+            Space::new(SpaceConfig { chunk_sizes: layout.chunks.clone(), ..SpaceConfig::default() }).unwrap();
         let ports = devices.iter().map(|d| d.clone() as Arc<dyn Device>).collect();
         let mover = Mover::new(host.clone(), ports, policy.clone(), Arc::new(Observer::new()));
         let svm = Arc::new(Svm::new(space, mover, layout.threshold));
@@ -292,7 +309,8 @@ impl World {
     }
 
     fn saw(&mut self, addr: u64, seen: u64, who: &str) {
-        let cell = self.model.get_mut(&addr).unwrap_or_else(|| panic!("{who} reads {addr:#x}, which is not mapped"));
+        let cell =
+            self.model.get_mut(&addr).unwrap_or_else(|| panic!("{who} reads {addr:#x}, which is not mapped"));
         assert!(cell.allows(seen), "{who} reads {seen:#x} at {addr:#x}, not {cell:?}");
         (cell.value, cell.loose) = (seen, false);
     }
@@ -333,7 +351,9 @@ impl World {
             // More than one range may be more than there is, in one piece or at all.
             Error::OutOfDeviceMemory { .. } => {
                 let largest = self.layout.chunks[0];
-                !alone || self.starved || Span::around(span.start, largest) != Span::around(span.end - 1, largest)
+                !alone
+                    || self.starved
+                    || Span::around(span.start, largest) != Span::around(span.end - 1, largest)
             }
             Error::NotSupported(_) => access == GpuAccess::Atomic && !self.layout.atomics,
             Error::DeviceLost { .. } => self.lost,
@@ -342,7 +362,13 @@ impl World {
         assert!(!allowed || excused, "{access:?} of {span} by the device failed: {error}");
     }
 
-    fn fault_in(&self, device: u32, addr: u64, access: GpuAccess, own: &[Arc<Range>]) -> Result<Vec<Arc<Range>>, Error> {
+    fn fault_in(
+        &self,
+        device: u32,
+        addr: u64,
+        access: GpuAccess,
+        own: &[Arc<Range>],
+    ) -> Result<Vec<Arc<Range>>, Error> {
         self.svm.gpu_access_holding(device, addr, 1, Want::fault(access), own)
     }
 
@@ -578,14 +604,20 @@ impl World {
             sums.1 += if m.shared { span.len() } else { 0 };
             sums.2 += bytes(&m.retained);
             used[m.device as usize] += m.bo.as_ref().map_or(0, |bo| bo.len);
-            assert!(m.bo.is_none() || m.shared || !m.vram.is_empty(), "{span} holds device memory for nothing");
+            assert!(
+                m.bo.is_none() || m.shared || !m.vram.is_empty(),
+                "{span} holds device memory for nothing"
+            );
             shadows += usize::from(m.shadow.is_some());
             for page in 0..span.pages() {
                 let addr = span.page_run(page, 1).start;
                 let bo = m.bo.as_ref().map(|bo| bo.offset + page as u64 * SZ_4K);
                 let registered = self.host.is_registered(Span::sized(addr, SZ_4K));
                 let (vram, strayed) = (m.vram.get(page), m.strayed.get(page));
-                assert!(registered || !vram && !strayed || self.is_pending(addr) || !landed, "{addr:#x} cannot wait");
+                assert!(
+                    registered || !vram && !strayed || self.is_pending(addr) || !landed,
+                    "{addr:#x} cannot wait"
+                );
                 if (vram || strayed) && registered {
                     assert_eq!(self.host.peek(addr).0, None, "{addr:#x} is in two places");
                 }
@@ -636,9 +668,9 @@ impl World {
         if self.is_pending(addr) {
             return;
         }
-        let elsewhere = (0..self.devices.len()).filter(|n| *n != device).any(|n| {
-            matches!(table.get(&(n, addr)), Some(None | Some((Backing::Vram(_), true))))
-        });
+        let elsewhere = (0..self.devices.len())
+            .filter(|n| *n != device)
+            .any(|n| matches!(table.get(&(n, addr)), Some(None | Some((Backing::Vram(_), true)))));
         assert!(!elsewhere, "device {device} maps {addr:#x}, which another has");
         match table.get(&(device, addr)) {
             Some(Some((Backing::Vram(_), false))) if backing == Backing::System => {

@@ -38,8 +38,11 @@ impl Party {
         let host = FakeHost::new(seed);
         host.map(Span::sized(BASE, (COUNTED + FLEETING) * SZ_4K));
         host.set_stops(stops);
-        let devices: Vec<_> =
-            [24, 20].iter().zip(1..).map(|(pages, n)| FakeDevice::new(host.clone(), *pages, true, seed + n)).collect();
+        let devices: Vec<_> = [24, 20]
+            .iter()
+            .zip(1..)
+            .map(|(pages, n)| FakeDevice::new(host.clone(), *pages, true, seed + n))
+            .collect();
         let chunk_sizes = vec![SZ_64K, 4 * SZ_4K, SZ_4K];
         let space = Space::new(SpaceConfig { chunk_sizes, ..SpaceConfig::default() }).unwrap();
         let policy: Arc<dyn Policy> = AnyPolicy::new(seed, 3);
@@ -73,7 +76,9 @@ impl Party {
                 Touch::Sigbus => panic!("{addr:#x} is poisoned"),
                 Touch::Waits => match self.svm.cpu_fault(addr, attempt % 2 == 0) {
                     Served::Done => {}
-                    Served::Retry(Wait::Pins | Wait::Events | Wait::Lock) => self.still_waiting("a CPU access", addr),
+                    Served::Retry(Wait::Pins | Wait::Events | Wait::Lock) => {
+                        self.still_waiting("a CPU access", addr)
+                    }
                 },
             }
         }
@@ -81,11 +86,22 @@ impl Party {
     }
 
     /// One access of device work.
-    fn gpu(&self, device: u32, addr: u64, access: GpuAccess, change: impl Fn(u64) -> Option<u64>) -> Option<u64> {
+    fn gpu(
+        &self,
+        device: u32,
+        addr: u64,
+        access: GpuAccess,
+        change: impl Fn(u64) -> Option<u64>,
+    ) -> Option<u64> {
         loop {
             let pinned = match self.svm.gpu_access(device, addr, 1, Want::fault(access)) {
                 Ok(pinned) => pinned,
-                Err(e) if matches!(e.errno(), libc::ENOENT | libc::EFAULT | libc::EPERM) && self.is_fleeting(addr) => return None,
+                Err(e)
+                    if matches!(e.errno(), libc::ENOENT | libc::EFAULT | libc::EPERM)
+                        && self.is_fleeting(addr) =>
+                {
+                    return None;
+                }
                 Err(e) if matches!(e.errno(), libc::ENOMEM | libc::EBUSY | libc::EAGAIN) => {
                     self.still_waiting("a device access", addr);
                     continue;
@@ -183,11 +199,20 @@ impl Party {
 
 fn party(seed: u64, stops: u64) {
     let party = Party::new(seed, stops);
-    let disturber = { let p = party.clone(); thread::spawn(move || p.disturb(seed + 90)) };
+    let disturber = {
+        let p = party.clone();
+        thread::spawn(move || p.disturb(seed + 90))
+    };
     let mut threads: Vec<_> = (0..4)
-        .map(|n| { let p = party.clone(); thread::spawn(move || p.work(seed * 16 + n, 3000)) })
+        .map(|n| {
+            let p = party.clone();
+            thread::spawn(move || p.work(seed * 16 + n, 3000))
+        })
         .collect();
-    threads.push({ let p = party.clone(); thread::spawn(move || p.come_and_go(seed + 50, 400)) });
+    threads.push({
+        let p = party.clone();
+        thread::spawn(move || p.come_and_go(seed + 50, 400))
+    });
     while !threads.iter().all(|t| t.is_finished()) {
         assert!(Instant::now() < party.deadline + Duration::from_secs(5), "threads hang");
         thread::sleep(Duration::from_millis(5));

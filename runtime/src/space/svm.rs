@@ -197,7 +197,13 @@ impl Svm {
         }
     }
 
-    fn gpu_access_one(&self, device: u32, addr: u64, want: Want, own: [&[Arc<Range>]; 2]) -> Result<Arc<Range>> {
+    fn gpu_access_one(
+        &self,
+        device: u32,
+        addr: u64,
+        want: Want,
+        own: [&[Arc<Range>]; 2],
+    ) -> Result<Arc<Range>> {
         let started = Instant::now();
         let (mut busy, mut gone) = (0, 0);
         let mut remote = false;
@@ -214,7 +220,8 @@ impl Svm {
                 back_off(attempt);
                 continue;
             }
-            let result = self.collect_garbage().and_then(|()| self.try_gpu_access(device, addr, want, remote));
+            let result =
+                self.collect_garbage().and_then(|()| self.try_gpu_access(device, addr, want, remote));
             let error = match result {
                 Ok(Some(range)) => {
                     if want.cause == Cause::GpuAccess {
@@ -241,7 +248,9 @@ impl Svm {
                     self.mover.host.unshare(span, &PageMask::first(span.pages()));
                     back_off(attempt);
                 }
-                Error::Busy { .. } if may_be_remote(want, self.mover.device(device).info().system_atomics) => {
+                Error::Busy { .. }
+                    if may_be_remote(want, self.mover.device(device).info().system_atomics) =>
+                {
                     remote = true;
                 }
                 Error::OutOfHostMemory { .. } if !remote && want.access != GpuAccess::Atomic => {
@@ -251,7 +260,8 @@ impl Svm {
                 Error::OutOfDeviceMemory { needed, capacity, busy } => {
                     let since = *full_since.get_or_insert_with(Instant::now);
                     if since.elapsed() > PIN_PATIENCE || !self.others_hold_memory(device, own) {
-                        let needed = needed + own.iter().copied().flatten().map(|r| r.span().len()).sum::<u64>();
+                        let needed =
+                            needed + own.iter().copied().flatten().map(|r| r.span().len()).sum::<u64>();
                         return Err(Error::OutOfDeviceMemory { needed, capacity, busy });
                     }
                     self.mover.released().wait(seen, Duration::from_millis(2));
@@ -267,7 +277,10 @@ impl Svm {
     /// Whether some range on the device may still be given up by somebody else: pinned by work that will end, or in
     /// another thread's hands.
     fn others_hold_memory(&self, device: u32, own: [&[Arc<Range>]; 2]) -> bool {
-        self.mover.by_use(device).iter().any(|range| !own.iter().copied().flatten().any(|mine| Arc::ptr_eq(mine, range)))
+        self.mover
+            .by_use(device)
+            .iter()
+            .any(|range| !own.iter().copied().flatten().any(|mine| Arc::ptr_eq(mine, range)))
     }
 
     /// One try. `None`: the mappings changed meanwhile.
@@ -299,11 +312,15 @@ impl Svm {
         };
         match placement {
             Placement::Migrate => mover.to_device(&range, &mut state, device, want.cause)?,
-            Placement::Share if state.is_home() => match mover.share(&range, &mut state, device, want.cause) {
-                // Writes cannot be tracked, or a page of the range cannot be read: the move tells what can be done.
-                Err(Error::NotSupported(_) | Error::Gone { .. }) => mover.to_device(&range, &mut state, device, want.cause)?,
-                other => other?,
-            },
+            Placement::Share if state.is_home() => {
+                match mover.share(&range, &mut state, device, want.cause) {
+                    // Writes cannot be tracked, or a page of the range cannot be read: the move tells what can be done.
+                    Err(Error::NotSupported(_) | Error::Gone { .. }) => {
+                        mover.to_device(&range, &mut state, device, want.cause)?
+                    }
+                    other => other?,
+                }
+            }
             Placement::Share => mover.to_device(&range, &mut state, device, want.cause)?,
             Placement::Remote => self.settle_for_remote(&range, &mut state, device, want)?,
         }
@@ -345,7 +362,13 @@ impl Svm {
     }
 
     /// Remote access needs the truth with the application; device-resident truth of this device may stay.
-    fn settle_for_remote(&self, range: &Arc<Range>, state: &mut State, device: u32, want: Want) -> Result<()> {
+    fn settle_for_remote(
+        &self,
+        range: &Arc<Range>,
+        state: &mut State,
+        device: u32,
+        want: Want,
+    ) -> Result<()> {
         if want.access == GpuAccess::Atomic && !self.mover.device(device).info().system_atomics {
             return Err(Error::NotSupported(format!(
                 "atomics on {} over the link: it cannot move to device memory (file, shared, pinned or locked memory)",
@@ -459,9 +482,9 @@ impl Svm {
         match self.mover.to_host(&range, &mut state, &pages, Cause::CpuFault) {
             // The page itself may have been all zero and never had memory: then it is a hole now.
             Ok(()) => self.zero(page),
-            Err(Error::Again { .. } | Error::OutOfHostMemory { .. } | Error::Busy { .. } | Error::Gone { .. }) => {
-                Served::Retry(Wait::Events)
-            }
+            Err(
+                Error::Again { .. } | Error::OutOfHostMemory { .. } | Error::Busy { .. } | Error::Gone { .. },
+            ) => Served::Retry(Wait::Events),
             Err(e) => self.lost(&range, &mut state, e),
         }
     }
@@ -531,7 +554,9 @@ impl Svm {
         let _alone = match self.frozen.try_write() {
             Ok(alone) => alone,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) if patient => self.frozen.write().unwrap_or_else(|p| p.into_inner()),
+            Err(TryLockError::WouldBlock) if patient => {
+                self.frozen.write().unwrap_or_else(|p| p.into_inner())
+            }
             Err(TryLockError::WouldBlock) => return Served::Retry(Wait::Lock),
         };
         let span = Span::sized(page, SZ_4K);
@@ -741,7 +766,9 @@ impl Svm {
     pub fn for_child(&self, mut f: impl FnMut(Span, &PageMask, &crate::space::ports::Shadow)) {
         for range in self.space.ranges_in(Span::new(0, u64::MAX)) {
             let mut state = range.data.lock();
-            if let Err(e) = self.mover.snapshot(&range, &mut state, |pages, shadow| f(range.span(), pages, shadow)) {
+            if let Err(e) =
+                self.mover.snapshot(&range, &mut state, |pages, shadow| f(range.span(), pages, shadow))
+            {
                 tracing::error!(span = %range.span(), "a forked child does not see this memory: {e}");
             }
         }
