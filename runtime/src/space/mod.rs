@@ -63,6 +63,12 @@ mod fake;
 mod model_tests;
 #[cfg(test)]
 mod reference_tests;
+#[cfg(test)]
+mod residency_fake;
+#[cfg(test)]
+mod residency_model_tests;
+#[cfg(test)]
+mod residency_thread_tests;
 
 pub use chunk::Chunks;
 pub use invalidate::{Event, EventKind, InvalidateInfo};

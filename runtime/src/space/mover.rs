@@ -158,6 +158,7 @@ impl Mover {
             .as_ref()
             .is_some_and(|m| m.device != device && (m.bo.is_some() || !m.strayed.is_empty()))
         {
+            self.unshare_copy(range, state);
             self.to_host(range, state, &PageMask::first(range.span().pages()), cause)?;
         }
         let State { bound, moved } = state;
@@ -165,6 +166,7 @@ impl Mover {
         let result = self.accounted(range, moved, |m| self.to_device_steps(range, bound, m, device, cause));
         if result.is_err() && moved.vram.is_empty() {
             self.put_back(range, moved);
+            self.unbind(range, bound);
             self.free_bo(range, moved);
         }
         if result.is_ok() {
@@ -187,7 +189,11 @@ impl Mover {
             return Ok(());
         }
         let started = Instant::now();
-        self.host.register(span)?;
+        let wanted = alive.minus(&m.vram).minus(&m.strayed);
+        // What is away is registered, or its mapping was replaced: a new one must not be taken for the old.
+        for (first, count) in wanted.runs() {
+            self.host.register(span.page_run(first, count))?;
+        }
         if m.shadow.is_none() {
             m.shadow = Some(self.host.shadow_alloc(span.len())?);
         }
@@ -199,15 +205,18 @@ impl Mover {
         self.unbind(range, bound);
         let (Some(shadow), Some(bo)) = (&m.shadow, &m.bo) else { unreachable!("made above") };
 
-        let wanted = alive.minus(&m.vram).minus(&m.strayed);
         let (flipped, stopped) = match self.host.flip_out(span, shadow, &wanted) {
             Ok(flipped) => (flipped, None),
             Err(stop) => (stop.moved, Some(stop.why)),
         };
         m.strayed = m.strayed.or(&flipped);
         m.retained = m.retained.or(&flipped);
-        if let Some(why) = stopped {
-            return Err(why.to_error(span));
+        match stopped {
+            None => {}
+            // Read-only, locked or executable pages stay where they are, as pinned ones do.
+            Some(FlipError::Mismatch) => return Err(Error::Busy { span }),
+            Some(FlipError::NoMapping) => return Err(changed()),
+            Some(why) => return Err(why.to_error(span)),
         }
 
         let dev = self.device(device);
@@ -340,11 +349,8 @@ impl Mover {
             let Some((first, _)) = left.runs().next() else { return Ok(()) };
             match stop.why {
                 FlipError::Exists => self.skip_page(to, m, &mut left, first),
-                FlipError::NoMapping => {
-                    // Unmapped: the event will say so too. The page is nobody's.
-                    self.skip_page(to, m, &mut left, first);
-                    m.dead.set(first);
-                }
+                // Unmapped, or moved by mremap: the event that is on its way says which.
+                FlipError::NoMapping => return Err(changed()),
                 FlipError::Mismatch => self.land_by_copy(to, m, &mut left)?,
                 FlipError::Busy if busy >= 8 => self.land_by_copy(to, m, &mut left)?,
                 FlipError::Busy => {
@@ -357,7 +363,7 @@ impl Mover {
         Ok(())
     }
 
-    /// One strayed page has no place to go: somebody else filled it, or its mapping is gone.
+    /// One strayed page has no place to go: somebody else filled it.
     fn skip_page(&self, to: Span, m: &mut Moved, left: &mut PageMask, page: usize) {
         left.clear(page);
         let mut one = PageMask::EMPTY;
@@ -381,7 +387,8 @@ impl Mover {
         *left = left.minus(&done);
         match why {
             None => Ok(()),
-            Some(FlipError::Exists | FlipError::NoMapping) => {
+            Some(FlipError::NoMapping) => Err(changed()),
+            Some(FlipError::Exists) => {
                 if let Some((first, _)) = left.runs().next() {
                     self.skip_page(to, m, left, first);
                 }
@@ -511,10 +518,14 @@ impl Mover {
         if !state.is_home() {
             return Err(Error::Mixed { span });
         }
+        if state.moved.as_ref().is_some_and(|m| m.shared && m.device != device) {
+            self.unshare_copy(range, state);
+        }
         let State { bound, moved } = state;
         let moved = &mut **moved.get_or_insert_default();
         let result = self.accounted(range, moved, |m| self.share_steps(range, bound, m, device, cause));
         if result.is_err() {
+            self.unbind(range, bound);
             self.free_bo(range, moved);
         }
         if result.is_ok() {
@@ -533,14 +544,13 @@ impl Mover {
     ) -> Result<()> {
         let span = range.span();
         let started = Instant::now();
-        if m.shared && m.device != device {
-            self.unbind(range, bound);
-            self.free_bo(range, m);
-        }
         let written = if m.shared { self.host.take_written(span) } else { None };
+        let tracked = written.is_some();
         let pages = match written {
             Some(written) => written,
             None => {
+                // A device that writes over the link would change pages unseen.
+                self.unbind(range, bound);
                 self.host.register(span)?;
                 self.host.track(span).map_err(|why| why.to_error(span))?;
                 if m.bo.is_none() {
@@ -550,7 +560,6 @@ impl Mover {
                 PageMask::first(span.pages())
             }
         };
-        let fresh_copy = !m.shared;
         let Some(bo) = &m.bo else { unreachable!("made above or shared") };
         let present = self.host.present(span);
         let dev = self.device(device);
@@ -558,7 +567,7 @@ impl Mover {
             let at = first as u64 * SZ_4K;
             dev.upload_live(bo, at, span.start + at, count as u64 * SZ_4K)?;
         }
-        if fresh_copy {
+        if !tracked {
             for (first, count) in pages.minus(&present).runs() {
                 dev.clear(bo, first as u64 * SZ_4K, count as u64 * SZ_4K)?;
             }
@@ -625,7 +634,7 @@ impl Mover {
             if let Some(bo) = dev.vram_alloc(span.len()) {
                 return Ok(bo);
             }
-            if !self.evict_one(device, span) {
+            if !self.evict_one(device, span)? {
                 // Somebody else's free may have made room between the two.
                 if let Some(bo) = dev.vram_alloc(span.len()) {
                     return Ok(bo);
@@ -640,8 +649,8 @@ impl Mover {
     }
 
     /// Evicts the coldest range that can go. Shared copies are cheapest and go first; a range the device referenced
-    /// since it was last looked at gets a second chance.
-    fn evict_one(&self, device: u32, except: Span) -> bool {
+    /// since it was last looked at gets a second chance. `false` when nothing can go now; a lost device is an error.
+    fn evict_one(&self, device: u32, except: Span) -> Result<bool> {
         let candidates: Vec<Arc<Range>> =
             self.lru(device).iter().rev().map(|(_, r)| r.clone()).filter(|r| r.span() != except).collect();
         let dev = self.device(device);
@@ -667,12 +676,14 @@ impl Mover {
                     self.lru(device).promote(&range.span().start);
                     continue;
                 }
-                if self.evict(range, &mut state).is_ok() {
-                    return true;
+                match self.evict(range, &mut state) {
+                    Ok(()) => return Ok(true),
+                    Err(e @ Error::DeviceLost { .. }) => return Err(e),
+                    Err(_) => {}
                 }
             }
         }
-        false
+        Ok(false)
     }
 
     /// Moves the range out of device memory.
@@ -728,4 +739,9 @@ impl Mover {
         }
         self.policy().gpu_access(facts)
     }
+}
+
+/// The mapping that pages were to land in is another one now, and its event was not handled yet.
+fn changed() -> Error {
+    Error::Again { what: "bringing pages home", tries: 1 }
 }

@@ -21,7 +21,7 @@
 //! Whoever gives up says what it waited for.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock, TryLockError};
 use std::time::{Duration, Instant};
 
 use crate::ground::addr::{PageMask, SZ_4K, Span};
@@ -38,6 +38,8 @@ use crate::space::{Ctx, Event, EventKind, Space};
 pub const TRIES: u32 = 2000;
 /// Tries to get pages that are pinned or shared before the range is reached over the link instead.
 const BUSY_TRIES: u32 = 4;
+/// Tries to get a range of which some page is not mapped any more.
+const GONE_TRIES: u32 = 200;
 /// How long an access waits for device memory that running work holds.
 pub const PIN_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -117,7 +119,7 @@ pub struct Svm {
     pub advices: Advices,
     ctx: Ctx,
     landings: Mutex<Vec<Landing>>,
-    /// Set while a fork is prepared: nothing goes to a device.
+    /// Above zero while a fork is prepared: nothing goes to a device. Each try of a device access holds it for read.
     frozen: RwLock<u32>,
     closed: AtomicBool,
     barrier: RwLock<Option<Arc<dyn Fn() + Send + Sync>>>,
@@ -203,15 +205,21 @@ impl Svm {
         own: [&[Arc<Range>]; 2],
     ) -> Result<Arc<Range>> {
         let started = Instant::now();
-        let mut busy = 0;
+        let (mut busy, mut gone) = (0, 0);
         let mut remote = false;
         let mut full_since = None;
-        for attempt in 0..TRIES {
+        let mut attempt = 0;
+        while attempt < TRIES {
+            attempt += 1;
             if self.closed.load(Ordering::Acquire) {
                 return Err(Error::NotRunning("it withdrew"));
             }
             self.barrier();
             let seen = self.mover.released().generation();
+            if !self.settle_landings() {
+                back_off(attempt);
+                continue;
+            }
             let result =
                 self.collect_garbage().and_then(|()| self.try_gpu_access(device, addr, want, remote));
             let error = match result {
@@ -229,6 +237,11 @@ impl Svm {
             };
             match error {
                 Error::Again { .. } => back_off(attempt),
+                // Another page of the range went away, and the event was not handled yet.
+                Error::Gone { .. } if gone < GONE_TRIES && self.granted(want.access, addr).is_ok() => {
+                    gone += 1;
+                    back_off(attempt);
+                }
                 Error::Mixed { span } => self.bring_home(span, Cause::GpuAccess)?,
                 Error::Busy { span } if busy < BUSY_TRIES => {
                     busy += 1;
@@ -252,6 +265,8 @@ impl Svm {
                         return Err(Error::OutOfDeviceMemory { needed, capacity, busy });
                     }
                     self.mover.released().wait(seen, Duration::from_millis(2));
+                    // Bounded by time, not by number.
+                    attempt -= 1;
                 }
                 e => return Err(e),
             }
@@ -271,7 +286,7 @@ impl Svm {
     /// One try. `None`: the mappings changed meanwhile.
     fn try_gpu_access(&self, device: u32, addr: u64, want: Want, remote: bool) -> Result<Option<Arc<Range>>> {
         let frozen = self.frozen.read().unwrap_or_else(|p| p.into_inner());
-        if *frozen > 0 {
+        if *frozen > 0 || self.closed.load(Ordering::Acquire) {
             return Ok(None);
         }
         let mover = &self.mover;
@@ -299,16 +314,19 @@ impl Svm {
             Placement::Migrate => mover.to_device(&range, &mut state, device, want.cause)?,
             Placement::Share if state.is_home() => {
                 match mover.share(&range, &mut state, device, want.cause) {
-                    Err(Error::NotSupported(_)) => mover.to_device(&range, &mut state, device, want.cause)?,
+                    // Writes cannot be tracked, or a page of the range cannot be read: the move tells what can be done.
+                    Err(Error::NotSupported(_) | Error::Gone { .. }) => {
+                        mover.to_device(&range, &mut state, device, want.cause)?
+                    }
                     other => other?,
                 }
             }
             Placement::Share => mover.to_device(&range, &mut state, device, want.cause)?,
             Placement::Remote => self.settle_for_remote(&range, &mut state, device, want)?,
         }
-        let access = self.granted(&range, want.access, addr)?;
+        self.granted(want.access, addr)?;
         let Ok(commit) = range.commit(ticket) else { return Ok(None) };
-        let flags = mover.bind(&range, &mut state, device, access)?;
+        let flags = mover.bind(&range, &mut state, device, want.access)?;
         commit.set_pages(flags);
         if want.pin {
             range.data.pin();
@@ -318,19 +336,16 @@ impl Svm {
         Ok(Some(range))
     }
 
-    /// What the access is mapped for: read-only mappings are never bound writable.
-    fn granted(&self, range: &Range, access: GpuAccess, addr: u64) -> Result<GpuAccess> {
+    /// Whether the mapping at `addr` allows the access: read-only mappings are never bound writable.
+    fn granted(&self, access: GpuAccess, addr: u64) -> Result<()> {
         let vma = self.mover.host.find_vma(addr)?.ok_or(Error::NoVma { addr })?;
-        if !vma.span.covers(range.span()) && !vma.span.contains(addr) {
-            return Err(Error::Gone { addr });
-        }
         if !vma.read && !vma.write {
             return Err(Error::Gone { addr });
         }
         if access.writes() && !vma.write {
             return Err(Error::NotWritable { addr });
         }
-        Ok(access)
+        Ok(())
     }
 
     fn place(&self, range: &Range, state: &State, device: u32, want: Want, migratable: bool) -> Placement {
@@ -380,9 +395,28 @@ impl Svm {
         away.runs().all(|(first, count)| self.mover.host.is_registered(span.page_run(first, count)))
     }
 
-    /// The range's mapping was replaced and the event that says so is late: the old contents are nobody's.
+    /// Part of the range's mapping was replaced and the event that says so is late: the old contents are nobody's.
     fn replaced(&self, range: &Arc<Range>) {
-        self.unmapped(range.span());
+        let span = range.span();
+        let gone = PageMask::first(span.pages()).minus(&self.registered(span));
+        for (first, count) in gone.runs() {
+            self.unmapped(span.page_run(first, count));
+        }
+    }
+
+    /// The pages of `span` that lie in registered mappings now.
+    fn registered(&self, span: Span) -> PageMask {
+        let mut mask = PageMask::EMPTY;
+        let mut todo = vec![span];
+        while let Some(part) = todo.pop() {
+            if self.mover.host.is_registered(part) {
+                mask = mask.or(&PageMask::of(span, part));
+            } else if part.pages() > 1 {
+                let half = part.pages() / 2;
+                todo.extend([part.page_run(0, half), part.page_run(half, part.pages() - half)]);
+            }
+        }
+        mask
     }
 
     /// Destroys ranges whose mappings went away, as the kernel does before each device access.
@@ -390,21 +424,37 @@ impl Svm {
         if self.space.garbage_len() == 0 {
             return Ok(());
         }
+        if !self.settle_landings() {
+            return Err(Error::Again { what: "landing what mremap moved", tries: 1 });
+        }
         self.space.collect_garbage(|range| self.destroy(range, Cause::User)).map(|_| ())
     }
 
-    /// Brings home what is left of a range and gives up what it holds.
+    /// Brings home what is left of a range and gives up what it holds. Work that had it pinned lost its mapping with the
+    /// event already and faults again; to wait for that work here could be to wait for the caller's own.
     fn destroy(&self, range: &Arc<Range>, cause: Cause) -> Result<()> {
+        // Held until the range's own lock is: what mremap takes away is on this list before it can be collected.
+        let landings = self.landings();
+        if landings.iter().any(|landing| Arc::ptr_eq(&landing.range, range)) {
+            return Err(Error::Again { what: "landing what mremap moved", tries: 1 });
+        }
         let mut state = range.data.lock();
-        if range.data.is_pinned() {
-            return Err(Error::Again { what: "collecting a range in use", tries: 1 });
-        }
-        self.mover.to_host(range, &mut state, &PageMask::first(range.span().pages()), cause)?;
-        if state.moved.as_ref().is_some_and(|m| !m.leaving.is_empty()) {
-            return Err(Error::Again { what: "landing what mremap took elsewhere", tries: 1 });
-        }
+        drop(landings);
+        self.salvage(range, &mut state, cause)?;
         self.mover.dissolve(range, &mut state);
         Ok(())
+    }
+
+    /// Brings all of the range home. What a lost device took with it is reported as lost.
+    fn salvage(&self, range: &Arc<Range>, state: &mut State, cause: Cause) -> Result<()> {
+        let all = PageMask::first(range.span().pages());
+        match self.mover.to_host(range, state, &all, cause) {
+            Err(e @ Error::DeviceLost { .. }) => {
+                self.write_off(range, state, e);
+                self.mover.to_host(range, state, &all, cause)
+            }
+            other => other,
+        }
     }
 
     /// Serves a CPU access to `addr` that found no page. `patient`: the caller may wait for a lock.
@@ -413,16 +463,17 @@ impl Svm {
         if !self.settle_landings() && self.awaits_landing(page) {
             return Served::Retry(Wait::Events);
         }
-        let Some(range) = self.space.find(page) else { return self.hole_outside(page) };
+        let Some(range) = self.space.find(page) else { return self.rangeless(page, patient) };
         let mut state = match range.data.try_lock() {
             Some(state) => state,
             None if patient => range.data.lock(),
             None => return Served::Retry(Wait::Lock),
         };
-        let span = range.span();
-        let index = span.page_index(page);
-        let away = state.moved.as_ref().is_some_and(|m| m.vram.get(index) || m.strayed.get(index));
-        if !away {
+        if !is_away(&range, &state, page) {
+            if range.is_gone() {
+                drop(state);
+                return self.rangeless(page, patient);
+            }
             return self.not_away(&range, &mut state, page);
         }
         if range.data.is_pinned() {
@@ -432,8 +483,9 @@ impl Svm {
         match self.mover.to_host(&range, &mut state, &pages, Cause::CpuFault) {
             // The page itself may have been all zero and never had memory: then it is a hole now.
             Ok(()) => self.zero(page),
-            Err(Error::Again { .. }) => Served::Retry(Wait::Events),
-            Err(Error::OutOfHostMemory { .. }) => Served::Retry(Wait::Events),
+            Err(
+                Error::Again { .. } | Error::OutOfHostMemory { .. } | Error::Busy { .. } | Error::Gone { .. },
+            ) => Served::Retry(Wait::Events),
             Err(e) => self.lost(&range, &mut state, e),
         }
     }
@@ -461,8 +513,17 @@ impl Svm {
         }
     }
 
-    /// The device is gone and took data with it: what is in the shadow is kept, the rest is reported as lost.
+    /// The device is gone and took data with it.
     fn lost(&self, range: &Arc<Range>, state: &mut State, error: Error) -> Served {
+        self.write_off(range, state, error);
+        match self.mover.to_host(range, state, &PageMask::first(range.span().pages()), Cause::CpuFault) {
+            Ok(()) => Served::Done,
+            Err(_) => Served::Retry(Wait::Events),
+        }
+    }
+
+    /// Keeps what is in the shadow, reports the rest of what is on the device as lost.
+    fn write_off(&self, range: &Arc<Range>, state: &mut State, error: Error) {
         let span = range.span();
         let gone = state.moved.as_ref().map(|m| m.vram.minus(&m.fresh)).unwrap_or_default();
         tracing::error!(%span, pages = gone.count(), "data that lived only on the device is lost: {error}");
@@ -471,10 +532,6 @@ impl Svm {
             for page in first..first + count {
                 self.mover.host.poison(span.page_run(page, 1).start);
             }
-        }
-        match self.mover.to_host(range, state, &PageMask::first(span.pages()), Cause::CpuFault) {
-            Ok(()) => Served::Done,
-            Err(_) => Served::Retry(Wait::Events),
         }
     }
 
@@ -492,6 +549,24 @@ impl Svm {
         self.mover.unshare_copy(range, state);
         self.hole(range.span());
         if self.mover.host.is_registered(span) { self.zero(page) } else { Served::Done }
+    }
+
+    /// A hole that no range holds, or one that waits to be collected. It goes back to the kernel, but only while no device
+    /// access can make a new range there and take the page away.
+    fn rangeless(&self, page: u64, patient: bool) -> Served {
+        let _alone = match self.frozen.try_write() {
+            Ok(alone) => alone,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) if patient => {
+                self.frozen.write().unwrap_or_else(|p| p.into_inner())
+            }
+            Err(TryLockError::WouldBlock) => return Served::Retry(Wait::Lock),
+        };
+        let Some(range) = self.space.find(page) else { return self.hole_outside(page) };
+        match range.data.try_lock() {
+            Some(state) if range.is_gone() && !is_away(&range, &state, page) => self.hole_outside(page),
+            _ => Served::Retry(Wait::Lock),
+        }
     }
 
     fn hole(&self, span: Span) -> Served {
@@ -537,16 +612,34 @@ impl Svm {
     /// munmap, or a mapping placed over `span`: its contents are gone. Device mappings are gone when this returns.
     pub fn unmapped(&self, span: Span) {
         self.abandon_landings(span);
+        let mut kept = Vec::new();
         for range in self.invalidate(EventKind::Unmap, span) {
             let mut state = range.data.lock();
+            let part = range.span().intersect(span).unwrap_or(range.span());
             // An event may be older than the mapping that stands there now and has gone to the device already: a mapping
-            // is only ever registered by a migration, so what is registered and away is the newer one's. The garbage
-            // collector brings that home.
-            if state.is_home() || !self.still_ours(&range, &state, span) {
-                self.mover.drop_pages(&range, &mut state, &PageMask::of(range.span(), span), true);
+            // is only ever registered by a migration, so what is registered is the newer one's. The garbage collector
+            // brings that home.
+            let newer = self.registered(part);
+            let mut gone = PageMask::EMPTY;
+            for (first, count) in PageMask::first(part.pages()).minus(&newer).runs() {
+                let run = part.page_run(first, count);
+                gone = gone.or(&PageMask::of(range.span(), run));
             }
+            self.mover.drop_pages(&range, &mut state, &gone, true);
+            kept.extend(newer.runs().map(|(first, count)| part.page_run(first, count)));
         }
-        self.mover.host.forget(span);
+        self.forget_all_but(span, &kept);
+    }
+
+    /// Forgets the registration of `span`, without the ascending spans `kept`.
+    fn forget_all_but(&self, span: Span, kept: &[Span]) {
+        let mut at = span.start;
+        for next in kept.iter().chain([&Span::new(span.end, span.end)]) {
+            if at < next.start {
+                self.mover.host.forget(Span::new(at, next.start));
+            }
+            at = next.end;
+        }
     }
 
     /// madvise(DONTNEED, FREE, REMOVE) is about to drop the contents of `span`, the mapping stays.
@@ -568,10 +661,9 @@ impl Svm {
         let shift = to.wrapping_sub(from);
         self.unmapped_ranges_only(Span::sized(to, len));
         self.mover.host.moved(from, to, len);
+        self.abandon_landings(Span::sized(to, len));
         let mut landings = self.landings();
-        for landing in landings.iter_mut().filter(|landing| landing.to.overlaps(old)) {
-            landing.to = Span::sized(landing.to.start.wrapping_add(shift), landing.to.len());
-        }
+        shift_landings(&mut landings, old, shift);
         for range in self.invalidate(EventKind::Unmap, old) {
             let pages = PageMask::of(range.span(), old);
             let to = Span::sized(range.span().start.wrapping_add(shift), range.span().len());
@@ -638,12 +730,15 @@ impl Svm {
                     if range.data.is_pinned() {
                         Err(Error::Busy { span: range.span() })
                     } else {
-                        self.mover.to_host(&range, &mut state, &PageMask::first(range.span().pages()), cause)
+                        self.salvage(&range, &mut state, cause)
                     }
                 };
                 match result {
                     Ok(()) => break,
-                    Err(Error::Again { .. }) if Instant::now() < deadline => back_off(attempt),
+                    Err(Error::Again { .. }) if Instant::now() < deadline => {
+                        self.barrier();
+                        back_off(attempt);
+                    }
                     Err(Error::Busy { .. }) if Instant::now() < deadline => {
                         self.mover.released().wait(seen, Duration::from_millis(2));
                     }
@@ -692,15 +787,13 @@ impl Svm {
     /// Ends it all: everything comes home and no access is served any more. What cannot come home is reported.
     pub fn close(&self) -> Result<()> {
         self.closed.store(true, Ordering::Release);
+        // Device accesses that did not see it are over then.
+        drop(self.frozen.write().unwrap_or_else(|p| p.into_inner()));
         let everything = Span::new(0, u64::MAX);
         let result = self.bring_home(everything, Cause::User);
         for range in self.space.clear() {
             let mut state = range.data.lock();
-            if self
-                .mover
-                .to_host(&range, &mut state, &PageMask::first(range.span().pages()), Cause::User)
-                .is_ok()
-            {
+            if self.salvage(&range, &mut state, Cause::User).is_ok() {
                 self.mover.dissolve(&range, &mut state);
             }
         }
@@ -788,6 +881,26 @@ impl Svm {
     pub fn count(&self, counter: Counter) -> u64 {
         self.mover.observer.stats.get(counter)
     }
+}
+
+/// What was to land in `old` lands `shift` further: mremap moved its place before it arrived.
+fn shift_landings(landings: &mut Vec<Landing>, old: Span, shift: u64) {
+    let mut shifted = Vec::new();
+    for landing in landings.iter_mut() {
+        let pages = landing.pages.and(&PageMask::of(landing.to, old));
+        if !pages.is_empty() {
+            landing.pages = landing.pages.minus(&pages);
+            let to = Span::sized(landing.to.start.wrapping_add(shift), landing.to.len());
+            shifted.push(Landing { range: landing.range.clone(), pages, to });
+        }
+    }
+    landings.append(&mut shifted);
+}
+
+/// Whether the CPU cannot have `page` before it comes back.
+fn is_away(range: &Range, state: &State, page: u64) -> bool {
+    let index = range.span().page_index(page);
+    state.moved.as_ref().is_some_and(|m| m.vram.get(index) || m.strayed.get(index))
 }
 
 fn may_be_remote(want: Want, atomics: bool) -> bool {

@@ -1,0 +1,817 @@
+//! The residency machine against a flat model: whatever the program, the devices and the kernel do, in whatever order
+//! and wherever a page refuses to move, every page reads as it was last written.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, Weak};
+
+use proptest::prelude::*;
+
+use super::mover::{Mover, Range};
+use super::ports::{Advice, Backing, Device, GpuAccess, HostMemory};
+use super::residency::bytes;
+use super::residency_fake::{AnyPolicy, Dice, Engine, FakeDevice, FakeHost, Touch};
+use super::svm::{Served, Svm, Wait, Want};
+use super::{Space, SpaceConfig};
+use crate::ground::addr::{SZ_2M, SZ_4K, SZ_64K, Span};
+use crate::ground::error::Error;
+use crate::observe::observer::Observer;
+use crate::observe::stats::{Cause, Gauge};
+
+const BASE: u64 = 16 << 30;
+const ALL: Span = Span::new(0, u64::MAX);
+/// CPU faults of one access before it counts as hanging.
+const PATIENCE: u32 = 3000;
+
+fn at(page: usize) -> u64 {
+    BASE + page as u64 * SZ_4K
+}
+
+fn part(first: usize, count: usize) -> Span {
+    Span::new(at(first), at(first + count))
+}
+
+fn each(span: Span) -> impl Iterator<Item = u64> {
+    (span.start..span.end).step_by(SZ_4K as usize)
+}
+
+/// What one page holds.
+#[derive(Debug, Clone, Default)]
+struct Cell {
+    value: u64,
+    /// Everything it held since it was mapped.
+    past: Vec<u64>,
+    /// Its contents may be dropped: zero or anything past.
+    loose: bool,
+}
+
+impl Cell {
+    fn write(&mut self, value: u64) {
+        self.past.push(self.value);
+        *self = Cell { value, past: std::mem::take(&mut self.past), loose: false };
+    }
+
+    fn allows(&self, seen: u64) -> bool {
+        seen == self.value || self.loose && (seen == 0 || self.past.contains(&seen))
+    }
+}
+
+/// One step of a program.
+#[derive(Debug, Clone, Copy)]
+enum Op {
+    CpuRead(usize),
+    CpuWrite(usize, usize),
+    Gpu {
+        device: u32,
+        first: usize,
+        count: usize,
+        access: GpuAccess,
+        bracketed: bool,
+        hold: bool,
+    },
+    Prefetch(u32, usize, usize),
+    Release,
+    BringHome(usize, usize),
+    Discard(usize, usize),
+    Shrink(u64),
+    ReadMostly(usize, usize, bool),
+    Policy(u32),
+    /// Late: 0 at once, 1 unread, 2 read but not handled.
+    Unmap {
+        first: usize,
+        count: usize,
+        again: bool,
+        late: u8,
+    },
+    Map(usize, usize),
+    DontNeed(usize, usize),
+    Remap {
+        from: usize,
+        to: usize,
+        count: usize,
+    },
+    Protect(usize, usize, u8),
+    Deliver,
+    Collect,
+    Freeze,
+    Child,
+    Stops(u64),
+    Vram(u64),
+}
+
+fn decode(pages: usize, (kind, a, b, c): (u8, u16, u16, u8)) -> Op {
+    let first = a as usize % pages;
+    let count = 1 + b as usize % [1, 3, 16, 20, 40][c as usize % 5].min(pages - first);
+    let device = u32::from(c >> 7);
+    let access = [GpuAccess::Read, GpuAccess::Read, GpuAccess::Write, GpuAccess::Write, GpuAccess::Atomic];
+    let access = access[b as usize / 64 % 5];
+    match kind {
+        0..28 => Op::CpuRead(first),
+        28..60 => Op::CpuWrite(first, count.min(24)),
+        60..120 => Op::Gpu { device, first, count, access, bracketed: c & 32 != 0, hold: c & 80 == 80 },
+        120..128 => Op::Prefetch(device, first, count),
+        128..138 => Op::Release,
+        138..146 => Op::BringHome(first, count),
+        146..150 => Op::Discard(first, count),
+        150..155 => Op::Shrink(u64::from(b % 8) * SZ_4K * 4),
+        155..160 => Op::ReadMostly(first, count, c & 1 == 0),
+        160..166 => Op::Policy(u32::from(b % 4)),
+        166..182 => Op::Unmap { first, count, again: c & 64 != 0, late: c / 5 % 3 },
+        182..192 => Op::Map(first, count),
+        192..202 => Op::DontNeed(first, count),
+        202..212 => {
+            let to = b as usize / 7 % pages;
+            Op::Remap { from: first, to, count: count.min(pages - to) }
+        }
+        212..220 => Op::Protect(first, count, c % 3),
+        220..228 => Op::Deliver,
+        228..232 => Op::Collect,
+        232..236 => Op::Freeze,
+        236..242 => Op::Child,
+        242..249 => Op::Stops([0, 0, 3, 6, 12][b as usize % 5]),
+        249.. => Op::Vram([0, 0, 2, 5][b as usize % 4]),
+    }
+}
+
+fn ops(pages: usize, steps: usize) -> impl Strategy<Value = Vec<Op>> {
+    let op = (any::<u8>(), any::<u16>(), any::<u16>(), any::<u8>()).prop_map(move |raw| decode(pages, raw));
+    proptest::collection::vec(op, 1..steps)
+}
+
+/// How a world is laid out.
+#[derive(Debug, Clone)]
+struct Layout {
+    pages: usize,
+    chunks: Vec<u64>,
+    vram: Vec<u64>,
+    atomics: bool,
+    threshold: u64,
+    seed: u64,
+}
+
+/// Unmap events that are not handled yet.
+#[derive(Default)]
+struct Mail {
+    spans: Mutex<Vec<Span>>,
+    svm: Mutex<Weak<Svm>>,
+}
+
+impl Mail {
+    fn pending(&self) -> Vec<Span> {
+        self.spans.lock().unwrap().clone()
+    }
+
+    fn deliver(&self, host: &FakeHost) {
+        host.set_unread(false);
+        let Some(svm) = self.svm.lock().unwrap().upgrade() else { return };
+        loop {
+            let next = {
+                let mut spans = self.spans.lock().unwrap();
+                (!spans.is_empty()).then(|| spans.remove(0))
+            };
+            let Some(span) = next else { return };
+            svm.unmapped(span);
+        }
+    }
+}
+
+/// Work that holds memory.
+struct Held {
+    device: u32,
+    ranges: Vec<Arc<Range>>,
+    span: Span,
+}
+
+struct World {
+    layout: Layout,
+    host: Arc<FakeHost>,
+    devices: Vec<Arc<FakeDevice>>,
+    policy: Arc<AnyPolicy>,
+    svm: Arc<Svm>,
+    mail: Arc<Mail>,
+    model: BTreeMap<u64, Cell>,
+    held: Vec<Held>,
+    /// Where mremap took pages that have not all landed.
+    adrift: BTreeSet<u64>,
+    next: u64,
+    stops: u64,
+    /// Device memory is refused now and then.
+    starved: bool,
+    lost: bool,
+}
+
+impl World {
+    fn new(layout: Layout) -> Self {
+        let seed = layout.seed;
+        let host = FakeHost::new(seed);
+        host.map(part(0, layout.pages));
+        let devices: Vec<_> = layout
+            .vram
+            .iter()
+            .zip(1..)
+            .map(|(pages, n)| FakeDevice::new(host.clone(), *pages, layout.atomics, seed + n))
+            .collect();
+        let policy = AnyPolicy::new(seed + 10, 0);
+        let space =
+            Space::new(SpaceConfig { chunk_sizes: layout.chunks.clone(), ..SpaceConfig::default() }).unwrap();
+        let ports = devices.iter().map(|d| d.clone() as Arc<dyn Device>).collect();
+        let mover = Mover::new(host.clone(), ports, policy.clone(), Arc::new(Observer::new()));
+        let svm = Arc::new(Svm::new(space, mover, layout.threshold));
+        let mail = Arc::new(Mail::default());
+        *mail.svm.lock().unwrap() = Arc::downgrade(&svm);
+        let (reader, from, dice) = (mail.clone(), host.clone(), Mutex::new(Dice::new(seed + 11)));
+        svm.set_barrier(Arc::new(move || {
+            // What was read may be handled later than this: the kernel queues an event after the change is visible.
+            if dice.lock().unwrap().roll(3) == 0 {
+                reader.deliver(&from);
+            } else {
+                from.set_unread(false);
+            }
+        }));
+        let model = each(part(0, layout.pages)).map(|addr| (addr, Cell::default())).collect();
+        Self {
+            host,
+            devices,
+            policy,
+            svm,
+            mail,
+            model,
+            held: Vec::new(),
+            adrift: BTreeSet::new(),
+            next: 1,
+            stops: 0,
+            starved: false,
+            lost: false,
+            layout,
+        }
+    }
+
+    fn fresh(&mut self) -> u64 {
+        self.next += 1;
+        // Zero now and then: pages that are all zero are not copied.
+        if self.next.is_multiple_of(7) { 0 } else { self.next }
+    }
+
+    fn deliver(&mut self) {
+        self.mail.deliver(&self.host);
+    }
+
+    fn release_all(&mut self) {
+        for held in std::mem::take(&mut self.held) {
+            self.svm.release(&held.ranges);
+        }
+    }
+
+    fn release_at(&mut self, span: Span) {
+        let (ours, rest) = std::mem::take(&mut self.held).into_iter().partition(|h| h.span.overlaps(span));
+        self.held = rest;
+        let ours: Vec<Held> = ours;
+        ours.iter().for_each(|h| self.svm.release(&h.ranges));
+    }
+
+    /// One CPU access, served as often as it must be.
+    fn cpu(&mut self, addr: u64, new: Option<u64>) -> Touch {
+        for attempt in 0..PATIENCE {
+            match self.host.touch(addr, new) {
+                Touch::Waits => {}
+                done => return done,
+            }
+            match self.svm.cpu_fault(addr + 8, attempt % 2 == 0) {
+                Served::Done | Served::Retry(Wait::Lock) => {}
+                Served::Retry(Wait::Pins) => self.release_all(),
+                Served::Retry(Wait::Events) if attempt > 2 => self.deliver(),
+                Served::Retry(Wait::Events) => self.host.set_unread(false),
+            }
+        }
+        panic!("{addr:#x} was never served");
+    }
+
+    fn cpu_read(&mut self, addr: u64) {
+        let (readable, _) = self.host.rights(addr);
+        match self.cpu(addr, None) {
+            Touch::Value(seen) => self.saw(addr, seen, "the CPU"),
+            Touch::Segv => assert!(!readable, "{addr:#x} should be readable"),
+            Touch::Sigbus => assert!(self.lost, "{addr:#x} is poisoned"),
+            Touch::Waits => unreachable!(),
+        }
+    }
+
+    fn cpu_write(&mut self, addr: u64) {
+        let (_, writable) = self.host.rights(addr);
+        self.release_at(Span::sized(addr, SZ_4K));
+        let value = self.fresh();
+        match self.cpu(addr, Some(value)) {
+            Touch::Value(_) => self.model.get_mut(&addr).expect("mapped").write(value),
+            Touch::Segv => assert!(!writable, "{addr:#x} should be writable"),
+            Touch::Sigbus => assert!(self.lost, "{addr:#x} is poisoned"),
+            Touch::Waits => unreachable!(),
+        }
+    }
+
+    fn saw(&mut self, addr: u64, seen: u64, who: &str) {
+        let cell =
+            self.model.get_mut(&addr).unwrap_or_else(|| panic!("{who} reads {addr:#x}, which is not mapped"));
+        assert!(cell.allows(seen), "{who} reads {seen:#x} at {addr:#x}, not {cell:?}");
+        (cell.value, cell.loose) = (seen, false);
+    }
+
+    fn gpu(&mut self, device: u32, span: Span, access: GpuAccess, bracketed: bool, hold: bool) {
+        let device = device % self.devices.len() as u32;
+        let want = Want { bracketed, ..Want::fault(access) };
+        let own: Vec<_> = self.held.iter().flat_map(|h| h.ranges.clone()).collect();
+        let alone = self.held.is_empty();
+        match self.svm.gpu_access_holding(device, span.start, span.len(), want, &own) {
+            Ok(ranges) => {
+                let mut held = Held { device, ranges, span };
+                for addr in each(span) {
+                    self.engine(&mut held, addr, access);
+                }
+                self.held.push(held);
+                if !hold || self.held.len() > 2 {
+                    self.release_all();
+                }
+            }
+            Err(e) => self.judge(span, access, alone, &e),
+        }
+    }
+
+    /// Whether a device access may fail so.
+    fn judge(&self, span: Span, access: GpuAccess, alone: bool, error: &Error) {
+        let right = |addr| {
+            let (read, write) = self.host.rights(addr);
+            read && (write || !access.writes())
+        };
+        let allowed = each(span).all(right);
+        let excused = match error {
+            Error::OutOfHostMemory { .. } => self.stops > 0,
+            // A neighbour that is read-only keeps the range where atomics may not work.
+            Error::Busy { .. } => {
+                self.stops > 0 || access == GpuAccess::Atomic && !self.layout.atomics && self.any_protected()
+            }
+            // More than one range may be more than there is, in one piece or at all.
+            Error::OutOfDeviceMemory { .. } => {
+                let largest = self.layout.chunks[0];
+                !alone
+                    || self.starved
+                    || Span::around(span.start, largest) != Span::around(span.end - 1, largest)
+            }
+            Error::NotSupported(_) => access == GpuAccess::Atomic && !self.layout.atomics,
+            Error::DeviceLost { .. } => self.lost,
+            _ => false,
+        };
+        assert!(!allowed || excused, "{access:?} of {span} by the device failed: {error}");
+    }
+
+    fn fault_in(
+        &self,
+        device: u32,
+        addr: u64,
+        access: GpuAccess,
+        own: &[Arc<Range>],
+    ) -> Result<Vec<Arc<Range>>, Error> {
+        self.svm.gpu_access_holding(device, addr, 1, Want::fault(access), own)
+    }
+
+    /// One access of device work to one page, served as often as it must be.
+    fn engine(&mut self, held: &mut Held, addr: u64, access: GpuAccess) {
+        let writes = access.writes() && self.host.rights(addr).1;
+        let new = if writes { Some(self.fresh()) } else { None };
+        let mut own: Vec<_> = self.held.iter().chain([&*held]).flat_map(|h| h.ranges.clone()).collect();
+        for _ in 0..PATIENCE {
+            match self.devices[held.device as usize].engine(addr, |_| new) {
+                Engine::Value(old) => {
+                    self.saw(addr, old, "the device");
+                    if let Some(new) = new {
+                        self.model.get_mut(&addr).expect("seen").write(new);
+                    }
+                    return;
+                }
+                Engine::Link(Touch::Waits) => drop(self.svm.cpu_fault(addr, true)),
+                Engine::Link(_) => return,
+                // An unmap event came between: the device faults again.
+                Engine::Faults => match self.fault_in(held.device, addr, access, &own) {
+                    Ok(more) => {
+                        own.extend(more.iter().cloned());
+                        held.ranges.extend(more);
+                    }
+                    Err(e) => return self.judge(Span::sized(addr, SZ_4K), access, false, &e),
+                },
+            }
+        }
+        panic!("the device was never served at {addr:#x}");
+    }
+
+    fn unmap(&mut self, span: Span, again: bool, late: u8) {
+        self.host.unmap(span);
+        if again {
+            self.host.map(span);
+        }
+        for addr in each(span) {
+            self.adrift.remove(&addr);
+            self.model.remove(&addr);
+            if again {
+                self.model.insert(addr, Cell::default());
+            }
+        }
+        self.mail.spans.lock().unwrap().push(span);
+        match late {
+            0 => self.deliver(),
+            1 => self.host.set_unread(true),
+            _ => {}
+        }
+    }
+
+    fn map(&mut self, span: Span) {
+        let holes: Vec<u64> = each(span).filter(|addr| !self.model.contains_key(addr)).collect();
+        for addr in holes {
+            self.host.map(Span::sized(addr, SZ_4K));
+            self.model.insert(addr, Cell::default());
+        }
+    }
+
+    fn dont_need(&mut self, span: Span) {
+        self.deliver();
+        self.svm.discarded(span);
+        self.host.zap(span);
+        for addr in each(span) {
+            self.adrift.remove(&addr);
+            if let Some(cell) = self.model.get_mut(&addr) {
+                cell.write(0);
+            }
+        }
+    }
+
+    fn remap(&mut self, from: Span, to: u64) {
+        let target = Span::sized(to, from.len());
+        if from.overlaps(target) || !each(from).all(|addr| self.host.mapped(addr)) {
+            return;
+        }
+        self.deliver();
+        self.host.remap(from, to);
+        for addr in each(from) {
+            let there = addr - from.start + to;
+            let cell = self.model.remove(&addr).expect("mapped");
+            self.model.insert(there, cell);
+            self.adrift.remove(&addr);
+        }
+        self.adrift.extend(each(target));
+        self.svm.moved(from.start, to, from.len());
+    }
+
+    /// What a child of fork would see.
+    fn child(&mut self) {
+        if !self.svm.settle_landings() {
+            return;
+        }
+        self.deliver();
+        let mut given = BTreeMap::new();
+        self.svm.for_child(|span, pages, shadow| {
+            for page in (0..span.pages()).filter(|p| pages.get(*p)) {
+                let value = self.host.peek_shadow(shadow, page).expect("what is given is there");
+                given.insert(span.page_run(page, 1).start, value);
+            }
+        });
+        for (addr, cell) in &self.model {
+            let seen = given.get(addr).copied().or(self.host.peek(*addr).0).unwrap_or(0);
+            assert!(cell.allows(seen), "a child reads {seen:#x} at {addr:#x}, not {cell:?}");
+        }
+    }
+
+    fn set_stops(&mut self, one_in: u64) {
+        self.stops = one_in;
+        self.host.set_stops(one_in);
+    }
+
+    fn run(&mut self, op: Op) {
+        match op {
+            Op::CpuRead(page) => {
+                if self.model.contains_key(&at(page)) {
+                    self.cpu_read(at(page));
+                }
+            }
+            Op::CpuWrite(first, count) => {
+                for addr in each(part(first, count)) {
+                    if self.model.contains_key(&addr) {
+                        self.cpu_write(addr);
+                    }
+                }
+            }
+            Op::Gpu { device, first, count, access, bracketed, hold } => {
+                self.gpu(device, part(first, count), access, bracketed, hold);
+            }
+            Op::Prefetch(device, first, count) => {
+                self.release_all();
+                let device = device % self.devices.len() as u32;
+                let span = part(first, count);
+                if let Err(e) = self.svm.gpu_access(device, span.start, span.len(), Want::prefetch()) {
+                    self.judge(span, GpuAccess::Read, true, &e);
+                }
+            }
+            Op::Release => self.release_all(),
+            Op::BringHome(first, count) => {
+                self.release_all();
+                self.deliver();
+                let span = part(first, count);
+                match self.svm.bring_home(span, Cause::User) {
+                    Ok(()) => {
+                        let left = self.svm.residence(span);
+                        assert_eq!((left.device, left.shared, left.strayed), (0, 0, 0));
+                    }
+                    Err(e) => assert!(self.stops > 0 || self.lost, "{e}"),
+                }
+            }
+            Op::Discard(first, count) => {
+                let span = part(first, count);
+                self.svm.discard(span);
+                for addr in each(span) {
+                    if let Some(cell) = self.model.get_mut(&addr) {
+                        cell.loose = true;
+                    }
+                }
+            }
+            Op::Shrink(allowed) => {
+                self.svm.shrink(allowed);
+                assert!(self.svm.mover.retained_bytes() <= allowed || self.any_strayed());
+            }
+            Op::ReadMostly(first, count, on) => {
+                let change = |advice: &mut Advice| advice.read_mostly = on;
+                self.svm.advices.update(part(first, count), change);
+            }
+            Op::Policy(mode) => self.policy.mode.store(mode, Ordering::Relaxed),
+            Op::Unmap { first, count, again, late } => self.unmap(part(first, count), again, late),
+            Op::Map(first, count) => self.map(part(first, count)),
+            Op::DontNeed(first, count) => self.dont_need(part(first, count)),
+            Op::Remap { from, to, count } => self.remap(part(from, count), at(to)),
+            Op::Protect(first, count, rights) => {
+                self.host.protect(part(first, count), rights != 1, rights == 0);
+            }
+            Op::Deliver => self.deliver(),
+            Op::Collect => drop(self.svm.collect_garbage()),
+            Op::Freeze => {
+                self.svm.freeze();
+                self.release_all();
+                self.deliver();
+                if self.svm.bring_home(ALL, Cause::User).is_ok() && self.svm.settle_landings() {
+                    for (addr, cell) in &self.model {
+                        let seen = self.host.peek(*addr).0.unwrap_or(0);
+                        assert!(cell.allows(seen), "at home {addr:#x} holds {seen:#x}, not {cell:?}");
+                    }
+                }
+                self.svm.thaw();
+            }
+            Op::Child => self.child(),
+            Op::Stops(one_in) => self.set_stops(one_in),
+            Op::Vram(one_in) => {
+                self.starved = one_in > 0;
+                self.devices.iter().for_each(|d| d.set_failures(one_in));
+            }
+        }
+    }
+
+    fn any_protected(&self) -> bool {
+        self.model.keys().any(|addr| self.host.rights(*addr) != (true, true))
+    }
+
+    fn any_strayed(&self) -> bool {
+        self.svm.residence(ALL).strayed > 0
+    }
+
+    fn is_pending(&self, addr: u64) -> bool {
+        self.mail.pending().iter().any(|s| s.contains(addr))
+    }
+
+    /// Everything that must hold between any two operations.
+    fn check(&mut self) {
+        self.svm.space.validate().unwrap();
+        let landed = self.svm.settle_landings();
+        if landed {
+            self.adrift.clear();
+        }
+        let mut sums = (0, 0, 0);
+        let mut used = vec![0; self.devices.len()];
+        let mut shadows = 0;
+        let mut truth = BTreeMap::new();
+        let mut table: BTreeMap<(usize, u64), Option<(Backing, bool)>> = BTreeMap::new();
+        for range in self.svm.space.ranges_in(ALL) {
+            let span = range.span();
+            let state = range.data.lock();
+            let Some(m) = &state.moved else { continue };
+            m.check(span);
+            let kept = m.shadow.as_ref().map(|s| self.host.shadow_pages(s)).unwrap_or_default();
+            assert_eq!(kept, m.retained, "what is in the shadow of {span} is recorded");
+            assert!(m.retained.minus(&m.vram).minus(&m.strayed).is_empty(), "{span} keeps pages for nothing");
+            sums.0 += bytes(&m.vram);
+            sums.1 += if m.shared { span.len() } else { 0 };
+            sums.2 += bytes(&m.retained);
+            used[m.device as usize] += m.bo.as_ref().map_or(0, |bo| bo.len);
+            assert!(
+                m.bo.is_none() || m.shared || !m.vram.is_empty(),
+                "{span} holds device memory for nothing"
+            );
+            shadows += usize::from(m.shadow.is_some());
+            for page in 0..span.pages() {
+                let addr = span.page_run(page, 1).start;
+                let bo = m.bo.as_ref().map(|bo| bo.offset + page as u64 * SZ_4K);
+                let registered = self.host.is_registered(Span::sized(addr, SZ_4K));
+                let (vram, strayed) = (m.vram.get(page), m.strayed.get(page));
+                assert!(
+                    registered || !vram && !strayed || self.is_pending(addr) || !landed,
+                    "{addr:#x} cannot wait"
+                );
+                if (vram || strayed) && registered {
+                    assert_eq!(self.host.peek(addr).0, None, "{addr:#x} is in two places");
+                }
+                if vram && registered {
+                    let value = self.devices[m.device as usize].peek(bo.unwrap());
+                    truth.insert(addr, value);
+                    if m.fresh.get(page) {
+                        let shadow = self.host.peek_shadow(m.shadow.as_ref().unwrap(), page);
+                        assert!(self.lost || shadow == Some(value), "{addr:#x} is recorded as fresh");
+                    }
+                } else if strayed && registered {
+                    truth.insert(addr, self.host.peek_shadow(m.shadow.as_ref().unwrap(), page).unwrap());
+                }
+                let mapped = match (vram, strayed, m.shared) {
+                    (true, _, _) => Some((Backing::Vram(bo.unwrap()), true)),
+                    (_, true, _) => None,
+                    (_, _, true) => Some((Backing::Vram(bo.unwrap()), false)),
+                    _ => Some((Backing::System, true)),
+                };
+                table.insert((m.device as usize, addr), mapped);
+            }
+        }
+        let stats = &self.svm.mover.observer.stats;
+        assert_eq!(stats.gauge(Gauge::ResidentDeviceBytes), sums.0);
+        assert_eq!(stats.gauge(Gauge::ResidentSharedBytes), sums.1);
+        assert_eq!(stats.gauge(Gauge::RetainedHostBytes), sums.2);
+        assert_eq!(self.svm.mover.retained_bytes(), sums.2);
+        assert_eq!(self.host.held().0, shadows);
+        for (n, device) in self.devices.iter().enumerate() {
+            assert_eq!(device.info().vram_bytes - device.vram_free_bytes(), used[n], "of device {n}");
+            for (addr, backing, access) in device.table() {
+                self.check_translation(n, addr, backing, access, &table);
+            }
+        }
+        if landed {
+            self.check_contents(&truth);
+        }
+    }
+
+    fn check_translation(
+        &self,
+        device: usize,
+        addr: u64,
+        backing: Backing,
+        access: GpuAccess,
+        table: &BTreeMap<(usize, u64), Option<(Backing, bool)>>,
+    ) {
+        if self.is_pending(addr) {
+            return;
+        }
+        let elsewhere = (0..self.devices.len())
+            .filter(|n| *n != device)
+            .any(|n| matches!(table.get(&(n, addr)), Some(None | Some((Backing::Vram(_), true)))));
+        assert!(!elsewhere, "device {device} maps {addr:#x}, which another has");
+        match table.get(&(device, addr)) {
+            Some(Some((Backing::Vram(_), false))) if backing == Backing::System => {
+                assert!(!access.writes(), "device {device} writes shared memory at {addr:#x}");
+            }
+            Some(Some((want, writable))) => {
+                assert_eq!(backing, *want, "of {addr:#x} on device {device}");
+                assert!(*writable || !access.writes(), "device {device} writes shared memory at {addr:#x}");
+            }
+            Some(None) => panic!("device {device} maps {addr:#x}, which is on its way"),
+            None => assert_eq!(backing, Backing::System, "of {addr:#x} on device {device}"),
+        }
+    }
+
+    fn check_contents(&mut self, truth: &BTreeMap<u64, u64>) {
+        for (addr, cell) in &self.model {
+            let (page, poisoned) = self.host.peek(*addr);
+            let seen = truth.get(addr).copied().or(page).unwrap_or(0);
+            let known = cell.allows(seen) || self.lost && (poisoned || truth.contains_key(addr));
+            assert!(known, "{addr:#x} holds {seen:#x}, not {cell:?}");
+        }
+    }
+
+    /// Quiet again: nothing is stopped, held or unread.
+    fn calm(&mut self) {
+        self.set_stops(0);
+        self.devices.iter().for_each(|d| d.set_failures(0));
+        self.release_all();
+        self.deliver();
+        assert!(self.svm.settle_landings());
+        self.adrift.clear();
+        self.host.protect(part(0, self.layout.pages), true, true);
+    }
+
+    fn finish(mut self, by_closing: bool) {
+        self.calm();
+        self.check();
+        let misbooked = self.host.misbooked();
+        assert!(misbooked.is_empty(), "registration is not booked right: {misbooked:x?}");
+        if by_closing {
+            let closed = self.svm.close();
+            assert!(closed.is_ok() || self.lost, "{closed:?}");
+            // As the runtime does: what mremap moved is registered where no range is.
+            self.host.unregister(part(0, self.layout.pages));
+        }
+        let pages: Vec<u64> = self.model.keys().copied().collect();
+        pages.iter().for_each(|addr| self.cpu_read(*addr));
+        if !by_closing {
+            let all = part(0, self.layout.pages);
+            self.host.unmap(all);
+            self.svm.unmapped(all);
+            self.svm.collect_garbage().unwrap();
+            assert_eq!(self.svm.space.range_count(), 0);
+        }
+        assert_eq!(self.host.held(), (0, 0, 0), "shadows, pages booked and registered");
+        for device in &self.devices {
+            assert_eq!(device.vram_free_bytes(), device.info().vram_bytes);
+            assert!(device.table().is_empty());
+        }
+        let stats = &self.svm.mover.observer.stats;
+        assert_eq!(stats.gauge(Gauge::ResidentDeviceBytes), 0);
+        assert_eq!(stats.gauge(Gauge::ResidentSharedBytes), 0);
+        assert_eq!(stats.gauge(Gauge::RetainedHostBytes), 0);
+    }
+}
+
+fn play(layout: Layout, ops: &[Op], by_closing: bool) {
+    let mut world = World::new(layout);
+    for op in ops {
+        world.run(*op);
+        world.check();
+    }
+    world.finish(by_closing);
+}
+
+/// Small ranges and less device memory than three of them.
+fn small(seed: u64, devices: usize, atomics: bool, threshold: bool) -> Layout {
+    Layout {
+        pages: 64,
+        chunks: vec![SZ_64K, 4 * SZ_4K, SZ_4K],
+        vram: vec![40, 20][..devices].to_vec(),
+        atomics,
+        threshold: if threshold { SZ_64K } else { 0 },
+        seed,
+    }
+}
+
+/// So many cases, unless the environment says otherwise.
+fn config(cases: u32) -> ProptestConfig {
+    let usual = ProptestConfig::default();
+    let cases = if std::env::var_os("PROPTEST_CASES").is_some() { usual.cases } else { cases };
+    ProptestConfig { cases, max_shrink_iters: 4000, failure_persistence: None, ..usual }
+}
+
+proptest! {
+    #![proptest_config(config(2000))]
+
+    #[test]
+    fn every_page_reads_as_last_written(
+        ops in ops(64, 60), seed in any::<u32>(), two in any::<bool>(), atomics in any::<bool>(),
+        threshold in any::<bool>(), by_closing in any::<bool>(),
+    ) {
+        play(small(seed.into(), 1 + usize::from(two), atomics, threshold), &ops, by_closing);
+    }
+}
+
+proptest! {
+    #![proptest_config(config(100))]
+
+    #[test]
+    fn huge_ranges_too(ops in ops(1024 + 16, 40), seed in any::<u32>(), by_closing in any::<bool>()) {
+        let layout = Layout {
+            pages: 1024 + 16,
+            chunks: vec![SZ_2M, SZ_64K, SZ_4K],
+            vram: vec![600],
+            ..small(seed.into(), 1, true, false)
+        };
+        play(layout, &ops, by_closing);
+    }
+}
+
+proptest! {
+    #![proptest_config(config(500))]
+
+    /// Data that lived only on a lost device is never silently zero: it reads as it was, or not at all.
+    #[test]
+    fn a_lost_device_loses_nothing_silently(
+        before in ops(64, 30), after in ops(64, 12), seed in any::<u32>(), by_closing in any::<bool>(),
+    ) {
+        let mut world = World::new(small(seed.into(), 1, true, false));
+        let harmless = |op: &&Op| !matches!(op, Op::Stops(_) | Op::Vram(_) | Op::Discard(..));
+        before.iter().filter(harmless).for_each(|op| world.run(*op));
+        world.calm();
+        world.check();
+        world.lost = true;
+        world.devices[0].lose();
+        let quiet = |op: &&Op| matches!(op, Op::CpuRead(_) | Op::CpuWrite(..) | Op::Prefetch(..) | Op::Gpu { .. });
+        for op in after.iter().filter(quiet) {
+            world.run(*op);
+            world.check();
+        }
+        world.finish(by_closing);
+    }
+}
