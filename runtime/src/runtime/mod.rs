@@ -516,6 +516,8 @@ impl Runtime {
             let observer = inner.observer.clone();
             dev.launch(move |gpu| {
                 let started = Instant::now();
+                // What munmap and its like took away before this launch must be gone from the device's tables.
+                svm.barrier();
                 let held = hold(&svm, device, &accesses)?;
                 let result = kernel(gpu);
                 svm.release(&held);

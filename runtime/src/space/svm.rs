@@ -38,6 +38,8 @@ use crate::space::{Ctx, Event, EventKind, Space};
 pub const TRIES: u32 = 2000;
 /// Tries to get pages that are pinned or shared before the range is reached over the link instead.
 const BUSY_TRIES: u32 = 4;
+/// How long after madvise(DONTNEED) was reported its pages may still be about to be dropped.
+const DROPPING: Duration = Duration::from_millis(10);
 /// How long an access waits for device memory that running work holds.
 pub const PIN_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -117,6 +119,8 @@ pub struct Svm {
     pub advices: Advices,
     ctx: Ctx,
     landings: Mutex<Vec<Landing>>,
+    /// Spans whose contents the kernel is about to drop, and when it said so.
+    dropping: Mutex<Vec<(Span, Instant)>>,
     /// Set while a fork is prepared: nothing goes to a device.
     frozen: RwLock<u32>,
     closed: AtomicBool,
@@ -132,6 +136,7 @@ impl Svm {
             advices: Advices::default(),
             ctx: Ctx { devmem_possible: true, check_pages_threshold, ..Ctx::default() },
             landings: Mutex::default(),
+            dropping: Mutex::default(),
             frozen: RwLock::new(0),
             closed: AtomicBool::new(false),
             barrier: RwLock::new(None),
@@ -143,7 +148,9 @@ impl Svm {
         *self.barrier.write().unwrap_or_else(|p| p.into_inner()) = Some(barrier);
     }
 
-    fn barrier(&self) {
+    /// Waits until every change of the mappings that the kernel has reported by now is known to the device. Not for
+    /// the threads that read those reports.
+    pub fn barrier(&self) {
         let barrier = self.barrier.read().unwrap_or_else(|p| p.into_inner()).clone();
         if let Some(barrier) = barrier {
             barrier();
@@ -211,6 +218,10 @@ impl Svm {
                 return Err(Error::NotRunning("it withdrew"));
             }
             self.barrier();
+            if !self.settle_landings() {
+                back_off(attempt);
+                continue;
+            }
             let seen = self.mover.released().generation();
             let result =
                 self.collect_garbage().and_then(|()| self.try_gpu_access(device, addr, want, remote));
@@ -230,6 +241,10 @@ impl Svm {
             match error {
                 Error::Again { .. } => back_off(attempt),
                 Error::Mixed { span } => self.bring_home(span, Cause::GpuAccess)?,
+                Error::Busy { span } if !self.in_one_mapping(span) => {
+                    self.recut(span);
+                    back_off(attempt);
+                }
                 Error::Busy { span } if busy < BUSY_TRIES => {
                     busy += 1;
                     self.mover.host.unshare(span, &PageMask::first(span.pages()));
@@ -257,6 +272,16 @@ impl Svm {
             }
         }
         Err(Error::Again { what: "a device access", tries: TRIES })
+    }
+
+    /// Whether `span` lies in one mapping. A range does when it is made, until mprotect or mlock cuts its mapping.
+    fn in_one_mapping(&self, span: Span) -> bool {
+        matches!(self.mover.host.find_vma(span.start), Ok(Some(vma)) if vma.span.covers(span))
+    }
+
+    /// Has the garbage collector bring the ranges of `span` home and forget them, so that new ones fit the mappings.
+    fn recut(&self, span: Span) {
+        self.invalidate(EventKind::Unmap, span);
     }
 
     /// Whether some range on the device may still be given up by somebody else: pinned by work that will end, or in
@@ -295,6 +320,9 @@ impl Svm {
             Some(_) => Placement::Remote,
             None => self.place(&range, &state, device, want, migratable),
         };
+        if placement != Placement::Remote && self.being_dropped(range.span()) {
+            return Ok(None);
+        }
         match placement {
             Placement::Migrate => mover.to_device(&range, &mut state, device, want.cause)?,
             Placement::Share if state.is_home() => {
@@ -395,6 +423,10 @@ impl Svm {
 
     /// Brings home what is left of a range and gives up what it holds.
     fn destroy(&self, range: &Arc<Range>, cause: Cause) -> Result<()> {
+        if !self.settle_landings() && self.landings().iter().any(|l| Arc::ptr_eq(&l.range, range)) {
+            // Its contents are on their way to where mremap took them.
+            return Err(Error::Again { what: "collecting a range that moves", tries: 1 });
+        }
         let mut state = range.data.lock();
         if range.data.is_pinned() {
             return Err(Error::Again { what: "collecting a range in use", tries: 1 });
@@ -539,7 +571,11 @@ impl Svm {
     }
 
     /// madvise(DONTNEED, FREE, REMOVE) is about to drop the contents of `span`, the mapping stays.
+    ///
+    /// The kernel reports before it drops, and lets the caller go on when the report is read. A page that leaves in
+    /// between would escape, and its old contents would come back: see [`Svm::being_dropped`].
     pub fn discarded(&self, span: Span) {
+        self.dropping().push((span, Instant::now()));
         self.change_landings(|landing| landing.pages = landing.pages.minus(&PageMask::of(landing.to, span)));
         for range in self.invalidate(EventKind::Clear, span) {
             let mut state = range.data.lock();
@@ -575,6 +611,20 @@ impl Svm {
             let mut state = range.data.lock();
             self.mover.drop_pages(&range, &mut state, &PageMask::of(range.span(), span), true);
         }
+    }
+
+    fn dropping(&self) -> MutexGuard<'_, Vec<(Span, Instant)>> {
+        self.dropping.lock().unwrap_or_else(|p| p.into_inner())
+    }
+
+    /// Whether pages of `span` are there that a madvise may be about to drop. They stay until that is certainly over.
+    fn being_dropped(&self, span: Span) -> bool {
+        let mut dropping = self.dropping();
+        dropping.retain(|(_, since)| since.elapsed() < DROPPING);
+        let parts: Vec<Span> = dropping.iter().filter_map(|(at, _)| at.intersect(span)).collect();
+        drop(dropping);
+        let marked = parts.iter().fold(PageMask::EMPTY, |sum, part| sum.or(&PageMask::of(span, *part)));
+        !marked.is_empty() && !marked.and(&self.mover.host.present(span)).is_empty()
     }
 
     fn change_landings(&self, f: impl FnMut(&mut Landing)) {
