@@ -278,7 +278,7 @@ impl Mover {
             self.note_return(m, &from_vram);
             self.observer.migrated(Direction::ToHost, cause, span, copied, clean, m.device, started);
         }
-        let landing = m.strayed.and(pages);
+        let landing = m.strayed.and(pages).minus(&m.leaving);
         self.land(span, span, m, &landing)
     }
 
@@ -329,21 +329,22 @@ impl Mover {
         debug_assert_eq!(span.len(), to.len());
         let mut left = *pages;
         let mut busy = 0;
+        let mut unmapped = false;
         while !left.is_empty() {
             let Some(shadow) = &m.shadow else { return Ok(()) };
             let Err(stop) = self.host.flip_in(to, shadow, &left) else {
                 m.landed(&left);
-                return Ok(());
+                break;
             };
             m.landed(&stop.moved);
             left = left.minus(&stop.moved);
-            let Some((first, _)) = left.runs().next() else { return Ok(()) };
+            let Some((first, _)) = left.runs().next() else { break };
             match stop.why {
                 FlipError::Exists => self.skip_page(to, m, &mut left, first),
                 FlipError::NoMapping => {
-                    // Unmapped: the event will say so too. The page is nobody's.
-                    self.skip_page(to, m, &mut left, first);
-                    m.dead.set(first);
+                    // Unmapped, or taken elsewhere by mremap: the event that is on its way tells which.
+                    left.clear(first);
+                    unmapped = true;
                 }
                 FlipError::Mismatch => self.land_by_copy(to, m, &mut left)?,
                 FlipError::Busy if busy >= 8 => self.land_by_copy(to, m, &mut left)?,
@@ -354,7 +355,7 @@ impl Mover {
                 why => return Err(why.to_error(to)),
             }
         }
-        Ok(())
+        if unmapped { Err(Error::Again { what: "landing in a changed mapping", tries: 1 }) } else { Ok(()) }
     }
 
     /// One strayed page has no place to go: somebody else filled it, or its mapping is gone.
@@ -442,9 +443,9 @@ impl Mover {
         let Some(moved) = moved else { return };
         self.accounted(range, moved, |m| {
             m.shared = false;
-            let stale = m.forget(pages);
+            let stale = m.forget(&pages.minus(&m.leaving));
             if dead {
-                m.dead = m.dead.or(pages);
+                m.dead = m.dead.or(pages).minus(&m.vram);
             }
             if let Some(shadow) = &m.shadow {
                 self.host.shadow_release(shadow, &stale);

@@ -119,6 +119,8 @@ pub struct Moved {
     pub fresh: PageMask,
     /// Pages unmapped by the program: nobody's.
     pub dead: PageMask,
+    /// Pages that mremap took to another address and that have not landed there: they must land nowhere else.
+    pub leaving: PageMask,
     /// `bo` is a read-only copy and writes are tracked.
     pub shared: bool,
     /// What policies decide by.

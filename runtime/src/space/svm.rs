@@ -104,7 +104,10 @@ pub enum Wait {
 /// A part of a range that mremap took elsewhere and that has not landed yet.
 struct Landing {
     range: Arc<Range>,
+    /// What is still wanted there.
     pages: PageMask,
+    /// What was taken along, for the range's books.
+    taken: PageMask,
     /// Where the range's span would be now.
     to: Span,
 }
@@ -423,13 +426,13 @@ impl Svm {
 
     /// Brings home what is left of a range and gives up what it holds.
     fn destroy(&self, range: &Arc<Range>, cause: Cause) -> Result<()> {
-        if !self.settle_landings() && self.landings().iter().any(|l| Arc::ptr_eq(&l.range, range)) {
-            // Its contents are on their way to where mremap took them.
-            return Err(Error::Again { what: "collecting a range that moves", tries: 1 });
-        }
+        self.settle_landings();
         let mut state = range.data.lock();
         if range.data.is_pinned() {
             return Err(Error::Again { what: "collecting a range in use", tries: 1 });
+        }
+        if state.moved.as_ref().is_some_and(|m| !m.leaving.is_empty()) {
+            return Err(Error::Again { what: "collecting a range that mremap moved", tries: 1 });
         }
         self.mover.to_host(range, &mut state, &PageMask::first(range.span().pages()), cause)?;
         self.mover.dissolve(range, &mut state);
@@ -590,16 +593,25 @@ impl Svm {
         let shift = to.wrapping_sub(from);
         self.unmapped_ranges_only(Span::sized(to, len));
         self.mover.host.moved(from, to, len);
-        self.change_landings(|landing| {
-            if landing.to.overlaps(old) {
-                landing.to = Span::sized(landing.to.start.wrapping_add(shift), landing.to.len());
-            }
-        });
         let mut landings = self.landings();
+        let mut again = Vec::new();
+        for landing in landings.iter_mut().filter(|l| l.to.overlaps(old)) {
+            let part = PageMask::of(landing.to, old);
+            let to = Span::sized(landing.to.start.wrapping_add(shift), landing.to.len());
+            let (pages, taken) = (landing.pages.and(&part), landing.taken.and(&part));
+            again.push(Landing { range: landing.range.clone(), pages, taken, to });
+            landing.pages = landing.pages.minus(&part);
+            landing.taken = landing.taken.minus(&part);
+        }
+        landings.append(&mut again);
         for range in self.invalidate(EventKind::Unmap, old) {
-            let pages = PageMask::of(range.span(), old);
+            let mut state = range.data.lock();
+            let Some(m) = &mut state.moved else { continue };
+            let pages = PageMask::of(range.span(), old).and(&m.vram.or(&m.strayed)).minus(&m.leaving);
+            m.leaving = m.leaving.or(&pages);
+            drop(state);
             let to = Span::sized(range.span().start.wrapping_add(shift), range.span().len());
-            landings.push(Landing { range, pages, to });
+            landings.push(Landing { range, pages, taken: pages, to });
         }
         drop(landings);
         self.settle_landings();
@@ -637,7 +649,8 @@ impl Svm {
 
     fn awaits_landing(&self, page: u64) -> bool {
         let landings = self.landings();
-        landings.iter().any(|l| l.to.contains(page) && l.pages.get(l.to.page_index(page)))
+        let expected = |span: Span, pages: &PageMask| span.contains(page) && pages.get(span.page_index(page));
+        landings.iter().any(|l| expected(l.to, &l.pages) || expected(l.range.span(), &l.taken))
     }
 
     /// Lands what mremap took elsewhere; `false` if some could not yet.
@@ -648,7 +661,10 @@ impl Svm {
             if self.mover.land_elsewhere(&landing.range, &mut state, &landing.pages, landing.to).is_err() {
                 return true;
             }
-            self.mover.drop_pages(&landing.range, &mut state, &landing.pages, true);
+            if let Some(m) = &mut state.moved {
+                m.leaving = m.leaving.minus(&landing.taken);
+            }
+            self.mover.drop_pages(&landing.range, &mut state, &landing.taken, true);
             false
         });
         landings.is_empty()
@@ -657,6 +673,11 @@ impl Svm {
     /// Brings everything in `span` home, whoever has it, waiting for running work.
     pub fn bring_home(&self, span: Span, cause: Cause) -> Result<()> {
         let deadline = Instant::now() + PIN_PATIENCE;
+        let mut looks = 0;
+        while !self.settle_landings() && Instant::now() < deadline {
+            back_off(looks);
+            looks += 1;
+        }
         for range in self.space.ranges_in(span) {
             let mut attempt = 0;
             loop {
