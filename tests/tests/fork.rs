@@ -38,7 +38,8 @@ fn both_sides(name: &'static str, raw: bool) {
             locked.change(&rt, "before");
             for round in 0..3u8 {
                 piece.change(&rt, "before");
-                assert_eq!(rt.residence(area.at, LEN).unwrap().device, LEN);
+                let there = rt.residence(area.at, LEN).unwrap().device;
+                assert_eq!(there, LEN, "round {round} huge {huge} {:?}", rt.host().stats());
                 let child = fork_child(raw, || {
                     let mut mine = piece.clone();
                     let before = holds(&mine) && holds(&locked);
@@ -97,7 +98,7 @@ fn fork_while_threads_use_the_device() {
                 scribble(&mut mine, 9);
                 before && holds(&mine)
             })
-            .good("a child forked from a busy process");
+            .good(&format!("round {round}: a child forked from a busy process"));
             assert!(holds(&piece), "round {round}");
             if round % 5 == 0 {
                 let waiting = Instant::now();
@@ -165,7 +166,7 @@ fn spawned_programs_leave_the_device_alone() {
         let words = Area::new(K64);
         let text = b"/bin/sh\0-c\0test \"$0\" = argument\0argument\0";
         cpu_write(words.at, text);
-        let starts: Vec<u64> = [0usize, 8, 11, 33].iter().map(|o| words.at + *o as u64).chain([0]).collect();
+        let starts: Vec<u64> = [0usize, 8, 11, 32].iter().map(|o| words.at + *o as u64).chain([0]).collect();
         for (i, start) in starts.iter().enumerate() {
             cpu_write(words.at + K4 + i as u64 * 8, &start.to_le_bytes());
         }

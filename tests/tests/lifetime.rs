@@ -170,7 +170,11 @@ fn shutdown_with_a_busy_device_keeps_data() {
 fn it_starts_again_ten_times() {
     isolated("it_starts_again_ten_times", || {
         let (area, mut piece) = Area::filled(2 * M2, false, &mut Rng::new(4));
-        let threads = || std::fs::read_dir("/proc/self/task").unwrap().count();
+        let names = || -> Vec<String> {
+            let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+            tasks.filter_map(|t| std::fs::read_to_string(t.ok()?.path().join("comm")).ok()).collect()
+        };
+        let threads = || names().len();
         let files = || std::fs::read_dir("/proc/self/fd").unwrap().count();
         let mut after_first = None;
         for round in 0..10 {
@@ -191,8 +195,8 @@ fn it_starts_again_ten_times() {
             while threads() > t || files() > f {
                 assert!(
                     Instant::now() < deadline,
-                    "left behind: threads {} of {t}, files {} of {f}",
-                    threads(),
+                    "left behind: threads {:?} of {t}, files {} of {f}",
+                    names(),
                     files()
                 );
                 std::thread::sleep(Duration::from_millis(5));

@@ -203,7 +203,10 @@ impl Service {
                         self.svm.moved(from, to, len);
                     }
                 }
-                Message::Fork(child) => (self.on_fork)(child),
+                Message::Fork(child) => {
+                    (self.on_fork)(child);
+                    self.host.channel().forked();
+                }
             }
         }
         self.finished.fetch_add(1, Ordering::AcqRel);
