@@ -308,7 +308,13 @@ impl Host {
             let run = app.page_run(first, count);
             // SAFETY: populating changes no contents.
             match unsafe { sys::advise(run, Advice::LinuxPopulateWrite) } {
-                Ok(()) => made += run.len() / SZ_4K,
+                Ok(()) => {
+                    made += run.len() / SZ_4K;
+                    // Of a huge page in pieces the kernel asks whether its first page is exclusive, whichever is to
+                    // move, and that one may be gone. Ageing the pieces splits it into pages of their own.
+                    // SAFETY: changes no contents.
+                    let _ = unsafe { sys::advise(run, Advice::LinuxCold) };
+                }
                 Err(errno) => tracing::debug!(%errno, %run, "stays shared"),
             }
         }
