@@ -107,13 +107,13 @@ impl Owner {
             }
             13..=14 => {
                 let there = self.aside.at + off;
-                remap(at, len, len, 0, Some(there)).unwrap();
+                shift(at, len, there);
                 same(&cpu_read(there, len.min(K64)), self.want(off, len.min(K64)), why(self));
                 if op == 14 {
                     device_xor(&self.rt, there, len, 0x33).unwrap_or_else(|e| panic!("{e} {}", why(self)));
                     xor(&mut self.piece.bytes[off as usize..(off + len) as usize], 0x33);
                 }
-                remap(there, len, len, 0, Some(at)).unwrap();
+                shift(there, len, at);
                 map(Some(there), len, libc::PROT_NONE).unwrap();
             }
             15 => {
@@ -146,6 +146,28 @@ impl Owner {
                 }
             }
         }
+    }
+}
+
+/// mremap of `[at, at + len)` to `to`, mapping by mapping: one call cannot move several.
+fn shift(at: u64, len: u64, to: u64) {
+    let mut done = 0;
+    while done < len {
+        let from = at + done;
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let bounds = |line: &str| {
+            let (start, end) = line.split(' ').next()?.split_once('-')?;
+            Some((u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?))
+        };
+        let here = maps.lines().filter_map(bounds).find(|(s, e)| *s <= from && from < *e);
+        let part = (here.expect("mapped").1 - from).min(len - done);
+        // Another thread may have cut it meanwhile: then in pages.
+        let step = if remap(from, part, part, 0, Some(to + done)).is_ok() { part } else { K4 };
+        if step == K4 && part > K4 {
+            // A failed move of several mappings may have moved the first: look whether this page is still here.
+            let _ = remap(from, K4, K4, 0, Some(to + done));
+        }
+        done += step;
     }
 }
 
