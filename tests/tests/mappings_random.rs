@@ -70,11 +70,11 @@ impl Owner {
         let (off, len) = self.free_run();
         let at = self.piece.at + off;
         let op = self.rng.below(20);
-        if self.log.len() == 12 {
+        if self.log.len() == 10 {
             self.log.remove(0);
         }
-        self.log.push(format!("{op}:{:#x}+{:#x}", off, len));
-        let why = |this: &Self| format!("{:#x} {:?}", this.piece.at, this.log);
+        self.log.push(format!("{op}:{:x}+{:x}", off, len));
+        let why = |this: &Self| format!("{:x} {}", this.piece.at, this.log.join(" "));
         match op {
             0..=2 => {
                 let bytes = self.rng.bytes(len);
@@ -106,6 +106,7 @@ impl Owner {
                 self.piece.bytes[off as usize..(off + len) as usize].fill(0);
             }
             13..=14 => {
+                let len = len.min(24 * K4);
                 let there = self.aside.at + off;
                 shift(at, len, there);
                 same(&cpu_read(there, len.min(K64)), self.want(off, len.min(K64)), why(self));
@@ -149,25 +150,11 @@ impl Owner {
     }
 }
 
-/// mremap of `[at, at + len)` to `to`, mapping by mapping: one call cannot move several.
+/// mremap of `[at, at + len)` to `to`, page by page: one call cannot move several mappings, and usvm's other threads cut
+/// and join mappings at any time.
 fn shift(at: u64, len: u64, to: u64) {
-    let mut done = 0;
-    while done < len {
-        let from = at + done;
-        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-        let bounds = |line: &str| {
-            let (start, end) = line.split(' ').next()?.split_once('-')?;
-            Some((u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?))
-        };
-        let here = maps.lines().filter_map(bounds).find(|(s, e)| *s <= from && from < *e);
-        let part = (here.expect("mapped").1 - from).min(len - done);
-        // Another thread may have cut it meanwhile: then in pages.
-        let step = if remap(from, part, part, 0, Some(to + done)).is_ok() { part } else { K4 };
-        if step == K4 && part > K4 {
-            // A failed move of several mappings may have moved the first: look whether this page is still here.
-            let _ = remap(from, K4, K4, 0, Some(to + done));
-        }
-        done += step;
+    for off in (0..len).step_by(K4 as usize) {
+        remap(at + off, K4, K4, 0, Some(to + off)).unwrap();
     }
 }
 
