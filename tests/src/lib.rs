@@ -1,1 +1,3 @@
-//! usvm-tests.
+//! Shared by the tests that run whole runtimes: scenarios in processes of their own, memory by address.
+pub mod area;
+pub mod isolated;

@@ -100,7 +100,8 @@ impl Blocks {
             .iter()
             .map(|block| {
                 let (at, len) = (block.as_ptr() as u64, block.len() as u64);
-                runtime.launch(0, move |gpu| gpu.update(at, len, |tile, offset| scramble(tile, offset, round)))
+                runtime
+                    .launch(0, move |gpu| gpu.update(at, len, |tile, offset| scramble(tile, offset, round)))
             })
             .collect();
         // The CPU computes its own account meanwhile, on its own memory.
@@ -144,12 +145,16 @@ impl Blocks {
     pub fn compare(&self) -> Result<()> {
         for (index, (block, want)) in self.blocks.iter().zip(&self.reference).enumerate() {
             if let Some(at) = block.iter().zip(want).position(|(a, b)| a != b) {
-                return Err(
-                    format!("block {index}, byte {at}: {:#04x} instead of {:#04x}", block[at], want[at]).into()
-                );
+                return Err(format!(
+                    "block {index}, byte {at}: {:#04x} instead of {:#04x}",
+                    block[at], want[at]
+                )
+                .into());
             }
             if block.len() != want.len() {
-                return Err(format!("block {index} has {} bytes instead of {}", block.len(), want.len()).into());
+                return Err(
+                    format!("block {index} has {} bytes instead of {}", block.len(), want.len()).into()
+                );
             }
         }
         Ok(())

@@ -38,7 +38,10 @@ pub fn closing(runtime: &Runtime) {
     print!("{stats}");
     if let Ok(device) = runtime.device(0) {
         let modelled = Duration::from_nanos(device.modelled().total_ns());
-        println!("modelled time of the device's share on {}: {modelled:.1?} (modelled, not measured)", device.profile().name);
+        println!(
+            "modelled time of the device's share on {}: {modelled:.1?} (modelled, not measured)",
+            device.profile().name
+        );
     }
     let memcpy = memcpy_2m();
     println!("\non this machine, 2 MiB each, median of 64");
@@ -92,7 +95,8 @@ fn migrate_2m(runtime: &Runtime) -> usvm::Result<(f64, f64)> {
         let at = first + (round % 4) * SIZE;
         let took = runtime.on_service_thread(move |svm| {
             let begin = Instant::now();
-            let held = svm.gpu_access(0, at as u64, 1, usvm::space::svm::Want::fault(usvm::GpuAccess::Write))?;
+            let held =
+                svm.gpu_access(0, at as u64, 1, usvm::space::svm::Want::fault(usvm::GpuAccess::Write))?;
             let took = micros(begin);
             svm.release(&held);
             Ok(took)

@@ -112,6 +112,16 @@ pub fn spans() -> [Span; 2] {
     [SERVICE.span(), MAILBOX.span()]
 }
 
+/// Maps usvm's own memory now, so that [`spans`] is complete before anything migrates.
+pub fn reserve() {
+    for area in [&SERVICE, &MAILBOX] {
+        let mut heap = area.lock();
+        if area.base.load(Ordering::Relaxed) == 0 {
+            area.reserve(&mut heap);
+        }
+    }
+}
+
 /// For a forked child, where only one thread lives: whoever held an area's lock at the fork is gone, so both areas
 /// are left as they are and new ones begun. Blocks of the old areas stay readable and are never reused.
 pub(crate) fn renew_after_fork() {

@@ -43,8 +43,9 @@ pub enum Error {
         /// The range.
         span: Span,
     },
-    /// EBUSY: pages are pinned (O_DIRECT, io_uring, RDMA) or shared, and did not become free in time.
-    #[error("pages of {span} are pinned or shared and cannot move now")]
+    /// EBUSY: pages are pinned (O_DIRECT, io_uring, RDMA), locked (mlock), executable or shared, and did not become
+    /// free in time.
+    #[error("pages of {span} are pinned, locked, executable or shared and cannot move now")]
     Busy {
         /// The range.
         span: Span,

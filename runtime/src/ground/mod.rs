@@ -7,5 +7,6 @@ pub mod alloc;
 pub mod config;
 pub mod error;
 pub mod inject;
+pub(crate) mod renew;
 pub mod sync;
 pub mod thread;

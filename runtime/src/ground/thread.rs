@@ -4,6 +4,10 @@
 //! A service thread takes no signals (a handler of the program on our stack could touch anything), allocates from
 //! usvm's own memory, and announces itself to the floor that keeps stacks and TLS from migrating ([`on_start`]).
 //! Each is listed with its kernel id, so that the watchdog can tell a dead one from a busy one.
+//!
+//! # Safety
+//! The list is renewed in a forked child (see [`crate::ground::renew`]).
+#![allow(unsafe_code)]
 
 use std::io;
 use std::sync::{Mutex, OnceLock};
@@ -14,9 +18,10 @@ use rustix::thread::{Pid, gettid};
 
 use crate::ground::alloc;
 use crate::ground::inject::{self, Call};
+use crate::ground::renew::Renewable;
 
 static ON_START: OnceLock<fn()> = OnceLock::new();
-static LIVING: Mutex<Vec<(Pid, String)>> = Mutex::new(Vec::new());
+static LIVING: Renewable<Mutex<Vec<(Pid, String)>>> = Renewable::new(Mutex::new(Vec::new()));
 
 /// Registers what every new service thread runs first. The first registration counts.
 pub fn on_start(f: fn()) {
@@ -48,13 +53,17 @@ pub fn living() -> Vec<(Pid, String)> {
     list().clone()
 }
 
-/// Forgets all threads: in a forked child none exists.
-pub(crate) fn forget_all() {
-    list().clear();
+/// Forgets all threads: in a forked child none exists, and one of them may have held the list's lock.
+///
+/// # Safety
+/// For the only thread of a child right after fork.
+pub(crate) unsafe fn forget_all() {
+    // SAFETY: the caller's.
+    unsafe { LIVING.renew(Mutex::new(Vec::new())) };
 }
 
 fn list() -> std::sync::MutexGuard<'static, Vec<(Pid, String)>> {
-    LIVING.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    LIVING.get().lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 /// On the list until it is done. A thread that panics or vanishes stays on it: that is how it is noticed.

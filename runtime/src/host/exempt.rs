@@ -20,30 +20,40 @@
 
 use super::spanset::SpanSet;
 use crate::ground::addr::{SZ_4K, Span};
+use crate::ground::renew::Renewable;
 use std::ffi::{CStr, c_int, c_void};
 use std::sync::{PoisonError, RwLock};
 
-static EXEMPT: RwLock<SpanSet> = RwLock::new(SpanSet::new());
+static EXEMPT: Renewable<RwLock<SpanSet>> = Renewable::new(RwLock::new(SpanSet::new()));
 
 /// Makes the pages of `span` exempt.
 pub fn exempt(span: Span) {
-    EXEMPT.write().unwrap_or_else(PoisonError::into_inner).insert(span.page_aligned());
+    EXEMPT.get().write().unwrap_or_else(PoisonError::into_inner).insert(span.page_aligned());
 }
 
 /// Makes the pages of `span` ordinary again: their mapping is gone.
 pub fn unexempt(span: Span) {
-    EXEMPT.write().unwrap_or_else(PoisonError::into_inner).remove(span.page_aligned());
+    EXEMPT.get().write().unwrap_or_else(PoisonError::into_inner).remove(span.page_aligned());
+}
+
+/// Makes everything ordinary: a forked child has none of usvm's threads, and one may have held the lock.
+///
+/// # Safety
+/// For the only thread of a child right after fork.
+pub(crate) unsafe fn renew_after_fork() {
+    // SAFETY: the caller's.
+    unsafe { EXEMPT.renew(RwLock::new(SpanSet::new())) };
 }
 
 /// Whether any page of `span` is exempt.
 pub fn is_exempt(span: Span) -> bool {
-    let set = EXEMPT.read().unwrap_or_else(PoisonError::into_inner);
+    let set = EXEMPT.get().read().unwrap_or_else(PoisonError::into_inner);
     !set.within(span.page_aligned()).is_empty()
 }
 
 /// The widest span around `addr` that is all exempt (`true`) or all not.
 pub(super) fn extent(addr: u64) -> (Span, bool) {
-    let set = EXEMPT.read().unwrap_or_else(PoisonError::into_inner);
+    let set = EXEMPT.get().read().unwrap_or_else(PoisonError::into_inner);
     match set.around(addr) {
         Some(span) => (span, true),
         None => (set.gap_around(addr), false),

@@ -197,6 +197,9 @@ impl Host {
         let mut flip = Flip::new(self, app, shadow, Way::Out);
         'look: for _ in 0..LOOKS {
             let unread = self.channel.hold_messages();
+            if self.channel.is_forking() {
+                return Err(flip.stop(FlipError::Again));
+            }
             let there = self.pagemap.pages(app).map_err(|e| flip.stop(FlipError::Os(e.0)))?;
             let wanted = pages.and(&there.present).minus(&flip.moved);
             self.still_registered(app, &wanted, there.registered).map_err(|why| flip.stop(why))?;
@@ -253,6 +256,10 @@ impl Host {
     }
 
     fn transfer_in(&self, mut flip: Flip<'_>, pages: &PageMask) -> Result<(), FlipStop> {
+        let _unread = self.channel.hold_messages();
+        if self.channel.is_forking() {
+            return Err(flip.stop(FlipError::Again));
+        }
         for (first, count) in pages.runs() {
             match flip.run(first, count) {
                 Ok(true) => {}
@@ -267,11 +274,28 @@ impl Host {
     /// filled is said: the child reads zeroes there.
     pub fn fill_child(&self, child: &OwnedFd, app: Span, shadow: &Shadow, pages: &PageMask) {
         for (first, count) in pages.runs() {
-            let (to, from) = (app.page_run(first, count), shadow.span.page_run(first, count));
-            // SAFETY: fills holes of the child, which cannot run there before; the source is a live shadow.
-            let copy = || unsafe { sys::uffd_copy(child.as_fd(), to.start, from.start, to.len()) };
-            if let Err(errno) = self.patiently(|| copy().map_err(|partial| partial.errno)) {
-                tracing::error!(%errno, span = %to, "a forked child does not see this memory");
+            let (mut at, end) = (first, first + count);
+            while at < end {
+                let (to, from) = (app.page_run(at, end - at), shadow.span.page_run(at, end - at));
+                let mut done = 0;
+                // SAFETY: fills holes of the child, which cannot run there before; the source is a live shadow.
+                let copy = || unsafe { sys::uffd_copy(child.as_fd(), to.start, from.start, to.len()) };
+                let copied = self.patiently(|| {
+                    copy().map_err(|partial| {
+                        done = partial.done;
+                        if done > 0 { Errno(libc::EINPROGRESS) } else { partial.errno }
+                    })
+                });
+                at += match copied {
+                    Ok(()) => end - at,
+                    Err(_) if done > 0 => (done >> PAGE_SHIFT) as usize,
+                    // It has this page already.
+                    Err(Errno(libc::EEXIST)) => 1,
+                    Err(errno) => {
+                        tracing::error!(%errno, span = %to, "a forked child does not see this memory");
+                        break;
+                    }
+                };
             }
         }
     }
@@ -288,7 +312,13 @@ impl Host {
             let run = app.page_run(first, count);
             // SAFETY: populating changes no contents.
             match unsafe { sys::advise(run, Advice::LinuxPopulateWrite) } {
-                Ok(()) => made += run.len() / SZ_4K,
+                Ok(()) => {
+                    made += run.len() / SZ_4K;
+                    // Of a huge page in pieces the kernel asks whether its first page is exclusive, whichever is to
+                    // move, and that one may be gone. Ageing the pieces splits it into pages of their own.
+                    // SAFETY: changes no contents.
+                    let _ = unsafe { sys::advise(run, Advice::LinuxCold) };
+                }
                 Err(errno) => tracing::debug!(%errno, %run, "stays shared"),
             }
         }

@@ -14,6 +14,9 @@
 //! our mapping?" to the end of its ioctl: as long as the event is unread, the kernel refuses the ioctl. The gate is
 //! held for the read alone.
 //!
+//! A FORK message is answered by filling what is away into the child. Until that is done ([`Channel::forked`]) nothing
+//! may come back here, or it would be missing there: every flip and every fill says EAGAIN meanwhile.
+//!
 //! # Limits
 //! Events can arrive out of causal order; sorting them is the service loop's work.
 
@@ -22,6 +25,7 @@ use crate::ground::addr::Span;
 use crate::ground::error::{Errno, Error, Result};
 use linux_raw_sys::general as uapi;
 use rustix::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
@@ -77,13 +81,15 @@ pub struct Channel {
     uffd: OwnedFd,
     wake: OwnedFd,
     gate: RwLock<()>,
+    /// FORK messages that were read and whose children do not have their memory yet.
+    forks: AtomicU32,
 }
 
 impl Channel {
     /// For `uffd`, which must not block.
     pub(super) fn new(uffd: OwnedFd) -> Result<Self> {
         let wake = sys::eventfd().map_err(|e| Error::os("eventfd", e))?;
-        Ok(Self { uffd, wake, gate: RwLock::new(()) })
+        Ok(Self { uffd, wake, gate: RwLock::new(()), forks: AtomicU32::new(0) })
     }
 
     /// The userfaultfd.
@@ -94,6 +100,17 @@ impl Channel {
     /// Keeps messages unread while it is held.
     pub(super) fn hold_messages(&self) -> RwLockReadGuard<'_, ()> {
         self.gate.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a child waits for its memory: what is away must stay away, for it is missing in the child. Asked with
+    /// messages held.
+    pub(super) fn is_forking(&self) -> bool {
+        self.forks.load(Ordering::Acquire) > 0
+    }
+
+    /// The child of one FORK message has its memory.
+    pub fn forked(&self) {
+        self.forks.fetch_sub(1, Ordering::AcqRel);
     }
 
     /// Waits for messages, for [`Channel::wake_reader`] or until `timeout` (`None`: for ever). A signal ends it early
@@ -130,7 +147,10 @@ impl Channel {
         loop {
             let read = {
                 let _gate = self.gate.write().unwrap_or_else(PoisonError::into_inner);
-                sys::read(&self.uffd, &mut buf)
+                let read = sys::read(&self.uffd, &mut buf);
+                let forks = read.as_ref().map_or(0, |len| forks_in(&buf[..*len]));
+                self.forks.fetch_add(forks, Ordering::AcqRel);
+                read
             };
             let len = match read {
                 Ok(len) => len,
@@ -145,6 +165,12 @@ impl Channel {
         }
         Ok(out.len() - before)
     }
+}
+
+/// How many of the messages are FORK.
+fn forks_in(bytes: &[u8]) -> u32 {
+    let is_fork = |m: &&[u8]| u32::from(m[0]) == uapi::UFFD_EVENT_FORK;
+    bytes.chunks_exact(MESSAGE).filter(is_fork).count() as u32
 }
 
 /// One message out of its bytes; `None` for kinds that were not asked for.

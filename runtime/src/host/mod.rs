@@ -353,7 +353,12 @@ impl HostMemory for Host {
 
     fn unregister(&self, span: Span) {
         let mut books = self.books_mut();
-        for part in books.within(span) {
+        let mut parts = books.within(span);
+        if parts.is_empty() {
+            // MREMAP_DONTUNMAP leaves the old place registered, which no event says.
+            parts.push(span);
+        }
+        for part in parts {
             match sys::uffd_unregister(self.channel.uffd(), part) {
                 Ok(()) => books.take(part),
                 // Nothing is mapped there any more; the event is on its way.

@@ -203,7 +203,10 @@ impl Service {
                         self.svm.moved(from, to, len);
                     }
                 }
-                Message::Fork(child) => (self.on_fork)(child),
+                Message::Fork(child) => {
+                    (self.on_fork)(child);
+                    self.host.channel().forked();
+                }
             }
         }
         self.finished.fetch_add(1, Ordering::AcqRel);
@@ -277,8 +280,7 @@ impl Service {
     /// loop.
     pub fn barrier(&self) {
         let begun = self.begun.load(Ordering::Acquire);
-        let unread = self.host.channel().has_messages();
-        let target = if unread { begun + 1 } else { begun };
+        let mut target = if self.host.channel().has_messages() { begun + 1 } else { begun };
         let mut looks = 0u32;
         while self.finished.load(Ordering::Acquire) < target && !self.stop.load(Ordering::Acquire) {
             looks += 1;
@@ -286,6 +288,10 @@ impl Service {
                 std::thread::yield_now();
             } else {
                 std::thread::sleep(Duration::from_micros(20));
+            }
+            // The read that was under way may have taken what was unread: then there need be no next one.
+            if !self.host.channel().has_messages() {
+                target = target.min(self.begun.load(Ordering::Acquire));
             }
         }
     }

@@ -98,6 +98,13 @@ impl Control {
     }
 }
 
+/// The threads of a runtime that never came to run end, too.
+impl Drop for Control {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
 impl Shared {
     fn run(&self) {
         loop {

@@ -171,12 +171,12 @@ fn start(builder: Builder) -> Result<Runtime> {
     thread::on_start(|| {
         exempt::exempt_current_thread();
     });
+    alloc::reserve();
     alloc::spans().into_iter().filter(|s| !s.is_empty()).for_each(exempt::exempt);
     exempt::exempt_own_objects();
 
     let devices = if devices.is_empty() { vec![device_of(&config)?] } else { devices };
     let host = Arc::new(Host::open(&options)?);
-    alloc::spans().into_iter().filter(|s| !s.is_empty()).for_each(exempt::exempt);
     let devices = devices.into_iter().map(SimDevice::new).collect::<Result<Vec<_>>>()?;
     let observer = Arc::new(Observer::new());
     let space = Space::new(SpaceConfig {
@@ -435,6 +435,7 @@ fn after_fork() {
     });
 }
 
+#[allow(unsafe_code)]
 fn in_child() {
     let mut had_one = false;
     with_current(|inner| {
@@ -446,7 +447,11 @@ fn in_child() {
         // The parent's record is left as it is: its locks may be held by threads that do not exist here.
         CURRENT.store(std::ptr::null_mut(), Ordering::Release);
         alloc::renew_after_fork();
-        thread::forget_all();
+        // SAFETY: a handler of fork, in the child: no other thread exists, and this one holds none of these locks.
+        unsafe {
+            exempt::renew_after_fork();
+            thread::forget_all();
+        }
     }
 }
 
@@ -518,6 +523,8 @@ impl Runtime {
             let observer = inner.observer.clone();
             dev.launch(move |gpu| {
                 let started = Instant::now();
+                // What munmap and its like took away before this launch must be gone from the device's tables.
+                svm.barrier();
                 let held = hold(&svm, device, &accesses)?;
                 let result = kernel(gpu);
                 svm.release(&held);

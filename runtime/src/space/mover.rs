@@ -338,19 +338,23 @@ impl Mover {
         debug_assert_eq!(span.len(), to.len());
         let mut left = *pages;
         let mut busy = 0;
+        let mut unmapped = false;
         while !left.is_empty() {
             let Some(shadow) = &m.shadow else { return Ok(()) };
             let Err(stop) = self.host.flip_in(to, shadow, &left) else {
                 m.landed(&left);
-                return Ok(());
+                break;
             };
             m.landed(&stop.moved);
             left = left.minus(&stop.moved);
-            let Some((first, _)) = left.runs().next() else { return Ok(()) };
+            let Some((first, _)) = left.runs().next() else { break };
             match stop.why {
                 FlipError::Exists => self.skip_page(to, m, &mut left, first),
-                // Unmapped, or moved by mremap: the event that is on its way says which.
-                FlipError::NoMapping => return Err(changed()),
+                FlipError::NoMapping => {
+                    // Unmapped, or taken elsewhere by mremap: the event that is on its way tells which.
+                    left.clear(first);
+                    unmapped = true;
+                }
                 FlipError::Mismatch => self.land_by_copy(to, m, &mut left)?,
                 FlipError::Busy if busy >= 8 => self.land_by_copy(to, m, &mut left)?,
                 FlipError::Busy => {
@@ -360,7 +364,7 @@ impl Mover {
                 why => return Err(why.to_error(to)),
             }
         }
-        Ok(())
+        if unmapped { Err(Error::Again { what: "landing in a changed mapping", tries: 1 }) } else { Ok(()) }
     }
 
     /// One strayed page has no place to go: somebody else filled it.
@@ -417,7 +421,13 @@ impl Mover {
 
     /// Lands those of `pages` that left the range at `to`, where the range's span would be now. What could not land yet is
     /// still leaving.
-    pub fn land_elsewhere(&self, range: &Arc<Range>, state: &mut State, pages: &PageMask, to: Span) -> Result<()> {
+    pub fn land_elsewhere(
+        &self,
+        range: &Arc<Range>,
+        state: &mut State,
+        pages: &PageMask,
+        to: Span,
+    ) -> Result<()> {
         let Some(moved) = &mut state.moved else { return Ok(()) };
         let landing = moved.leaving.and(pages);
         self.accounted(range, moved, |m| self.land(range.span(), to, m, &landing))
@@ -462,7 +472,7 @@ impl Mover {
             m.shared = false;
             let stale = m.forget(pages);
             if dead {
-                m.dead = m.dead.or(pages);
+                m.dead = m.dead.or(pages).minus(&m.vram);
             }
             if let Some(shadow) = &m.shadow {
                 self.host.shadow_release(shadow, &stale);

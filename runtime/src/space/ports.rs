@@ -369,8 +369,8 @@ impl FlipError {
     pub fn to_error(self, span: Span) -> Error {
         match self {
             FlipError::Again => Error::Again { what: "moving pages", tries: 1 },
-            FlipError::Busy | FlipError::Exists => Error::Busy { span },
-            FlipError::NoMapping | FlipError::Mismatch => Error::Gone { addr: span.start },
+            FlipError::Busy | FlipError::Exists | FlipError::Mismatch => Error::Busy { span },
+            FlipError::NoMapping => Error::Gone { addr: span.start },
             FlipError::NoMemory => Error::OutOfHostMemory {
                 what: "moving pages",
                 detail: "the kernel has no page-table memory to spare; raise the memory limit".into(),

@@ -180,7 +180,10 @@ impl Moved {
         debug_assert!(self.strayed.minus(&self.retained).is_empty(), "strayed pages are in the shadow");
         debug_assert!(self.fresh.minus(&self.retained).is_empty(), "fresh pages are in the shadow");
         debug_assert!(self.fresh.and(&self.strayed).is_empty(), "fresh pages equal device memory");
-        debug_assert!(self.leaving.minus(&self.retained.and(&self.dead)).is_empty(), "what leaves is in the shadow");
+        debug_assert!(
+            self.leaving.minus(&self.retained.and(&self.dead)).is_empty(),
+            "what leaves is in the shadow"
+        );
         debug_assert!(self.vram.and(&self.dead).is_empty(), "dead pages have no truth");
         debug_assert!(self.vram.minus(&all).is_empty() && self.retained.minus(&all).is_empty());
         debug_assert!(self.vram.is_empty() || self.bo.is_some(), "truth in device memory has device memory");

@@ -599,7 +599,10 @@ impl World {
             m.check(span);
             let kept = m.shadow.as_ref().map(|s| self.host.shadow_pages(s)).unwrap_or_default();
             assert_eq!(kept, m.retained, "what is in the shadow of {span} is recorded");
-            assert!(m.retained.minus(&m.vram).minus(&m.strayed).is_empty(), "{span} keeps pages for nothing");
+            assert!(
+                m.retained.minus(&m.vram).minus(&m.strayed).minus(&m.leaving).is_empty(),
+                "{span} keeps pages for nothing"
+            );
             sums.0 += bytes(&m.vram);
             sums.1 += if m.shared { span.len() } else { 0 };
             sums.2 += bytes(&m.retained);

@@ -40,6 +40,8 @@ pub const TRIES: u32 = 2000;
 const BUSY_TRIES: u32 = 4;
 /// Tries to get a range of which some page is not mapped any more.
 const GONE_TRIES: u32 = 200;
+/// How long after madvise(DONTNEED) was reported its pages may still be about to be dropped.
+const DROPPING: Duration = Duration::from_millis(10);
 /// How long an access waits for device memory that running work holds.
 pub const PIN_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -119,6 +121,8 @@ pub struct Svm {
     pub advices: Advices,
     ctx: Ctx,
     landings: Mutex<Vec<Landing>>,
+    /// Spans whose contents the kernel is about to drop, and when it said so.
+    dropping: Mutex<Vec<(Span, Instant)>>,
     /// Above zero while a fork is prepared: nothing goes to a device. Each try of a device access holds it for read.
     frozen: RwLock<u32>,
     closed: AtomicBool,
@@ -134,6 +138,7 @@ impl Svm {
             advices: Advices::default(),
             ctx: Ctx { devmem_possible: true, check_pages_threshold, ..Ctx::default() },
             landings: Mutex::default(),
+            dropping: Mutex::default(),
             frozen: RwLock::new(0),
             closed: AtomicBool::new(false),
             barrier: RwLock::new(None),
@@ -145,7 +150,9 @@ impl Svm {
         *self.barrier.write().unwrap_or_else(|p| p.into_inner()) = Some(barrier);
     }
 
-    fn barrier(&self) {
+    /// Waits until every change of the mappings that the kernel has reported by now is known to the device. Not for
+    /// the threads that read those reports.
+    pub fn barrier(&self) {
         let barrier = self.barrier.read().unwrap_or_else(|p| p.into_inner()).clone();
         if let Some(barrier) = barrier {
             barrier();
@@ -243,6 +250,10 @@ impl Svm {
                     back_off(attempt);
                 }
                 Error::Mixed { span } => self.bring_home(span, Cause::GpuAccess)?,
+                Error::Busy { span } if !self.in_one_mapping(span) => {
+                    self.recut(span);
+                    back_off(attempt);
+                }
                 Error::Busy { span } if busy < BUSY_TRIES => {
                     busy += 1;
                     self.mover.host.unshare(span, &PageMask::first(span.pages()));
@@ -272,6 +283,16 @@ impl Svm {
             }
         }
         Err(Error::Again { what: "a device access", tries: TRIES })
+    }
+
+    /// Whether `span` lies in one mapping. A range does when it is made, until mprotect or mlock cuts its mapping.
+    fn in_one_mapping(&self, span: Span) -> bool {
+        matches!(self.mover.host.find_vma(span.start), Ok(Some(vma)) if vma.span.covers(span))
+    }
+
+    /// Has the garbage collector bring the ranges of `span` home and forget them, so that new ones fit the mappings.
+    fn recut(&self, span: Span) {
+        self.invalidate(EventKind::Unmap, span);
     }
 
     /// Whether some range on the device may still be given up by somebody else: pinned by work that will end, or in
@@ -310,6 +331,9 @@ impl Svm {
             Some(_) => Placement::Remote,
             None => self.place(&range, &state, device, want, migratable),
         };
+        if placement != Placement::Remote && self.being_dropped(range.span()) {
+            return Ok(None);
+        }
         match placement {
             Placement::Migrate => mover.to_device(&range, &mut state, device, want.cause)?,
             Placement::Share if state.is_home() => {
@@ -643,7 +667,11 @@ impl Svm {
     }
 
     /// madvise(DONTNEED, FREE, REMOVE) is about to drop the contents of `span`, the mapping stays.
+    ///
+    /// The kernel reports before it drops, and lets the caller go on when the report is read. A page that leaves in
+    /// between would escape, and its old contents would come back: see [`Svm::being_dropped`].
     pub fn discarded(&self, span: Span) {
+        self.dropping().push((span, Instant::now()));
         self.abandon_landings(span);
         for range in self.invalidate(EventKind::Clear, span) {
             let mut state = range.data.lock();
@@ -695,13 +723,26 @@ impl Svm {
         }
     }
 
+    fn dropping(&self) -> MutexGuard<'_, Vec<(Span, Instant)>> {
+        self.dropping.lock().unwrap_or_else(|p| p.into_inner())
+    }
+
+    /// Whether pages of `span` are there that a madvise may be about to drop. They stay until that is certainly over.
+    fn being_dropped(&self, span: Span) -> bool {
+        let mut dropping = self.dropping();
+        dropping.retain(|(_, since)| since.elapsed() < DROPPING);
+        let parts: Vec<Span> = dropping.iter().filter_map(|(at, _)| at.intersect(span)).collect();
+        drop(dropping);
+        let marked = parts.iter().fold(PageMask::EMPTY, |sum, part| sum.or(&PageMask::of(span, *part)));
+        !marked.is_empty() && !marked.and(&self.mover.host.present(span)).is_empty()
+    }
+
     fn landings(&self) -> MutexGuard<'_, Vec<Landing>> {
         self.landings.lock().unwrap_or_else(|p| p.into_inner())
     }
 
     fn awaits_landing(&self, page: u64) -> bool {
-        let landings = self.landings();
-        landings.iter().any(|l| l.to.contains(page) && l.pages.get(l.to.page_index(page)))
+        self.landings().iter().any(|l| l.to.contains(page) && l.pages.get(l.to.page_index(page)))
     }
 
     /// Lands what mremap took elsewhere; `false` if some could not yet.
@@ -717,6 +758,11 @@ impl Svm {
     /// Brings everything in `span` home, whoever has it, waiting for running work.
     pub fn bring_home(&self, span: Span, cause: Cause) -> Result<()> {
         let deadline = Instant::now() + PIN_PATIENCE;
+        let mut looks = 0;
+        while !self.settle_landings() && Instant::now() < deadline {
+            back_off(looks);
+            looks += 1;
+        }
         for range in self.space.ranges_in(span) {
             let mut attempt = 0;
             loop {

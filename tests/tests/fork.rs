@@ -1,0 +1,266 @@
+//! Children: of fork, of vfork, of a raw system call, with and without a runtime of their own.
+
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use usvm_tests::area::*;
+use usvm_tests::isolated::{Child, fork_child, isolated};
+
+#[global_allocator]
+static ALLOC: usvm::Routed<std::alloc::System> = usvm::Routed(std::alloc::System);
+
+const LEN: u64 = 4 * M2;
+
+/// Whether memory is as the copy says, without allocating much more than a page.
+fn holds(piece: &Piece) -> bool {
+    (0..piece.len()).step_by(K4 as usize).all(|off| {
+        let page = cpu_read(piece.at + off, K4.min(piece.len() - off));
+        page == piece.bytes[off as usize..off as usize + page.len()]
+    })
+}
+
+/// Writes a byte of every third page in memory and copy.
+fn scribble(piece: &mut Piece, value: u8) {
+    for off in (0..piece.len()).step_by(3 * K4 as usize) {
+        piece.bytes[off as usize + 9] = value;
+        cpu_write(piece.at + off + 9, &[value]);
+    }
+}
+
+fn both_sides(name: &'static str, raw: bool) {
+    isolated(name, || {
+        let rt = runtime(64 << 20);
+        for huge in [false, true] {
+            let (area, mut piece) = Area::filled(LEN, huge, &mut Rng::new(1));
+            let (other, mut locked) = Area::filled(K64, false, &mut Rng::new(2));
+            locked.change(&rt, "before");
+            for round in 0..3u8 {
+                piece.change(&rt, "before");
+                let there = rt.residence(area.at, LEN).unwrap().device;
+                assert_eq!(there, LEN, "round {round} huge {huge} {:?}", rt.host().stats());
+                let child = fork_child(raw, || {
+                    let mut mine = piece.clone();
+                    let before = holds(&mine) && holds(&locked);
+                    scribble(&mut mine, 0x11 + round);
+                    before && holds(&mine)
+                });
+                scribble(&mut piece, 0x77 + round);
+                child.good("its parent's memory, and its own writes");
+                assert!(holds(&piece), "the parent does not see the child's writes");
+                piece.check(&rt, "afterwards");
+            }
+            locked.check(&rt, "small, afterwards");
+            drop((area, other));
+        }
+        rt.shutdown();
+    });
+}
+
+#[test]
+fn a_child_has_what_was_on_the_device() {
+    both_sides("a_child_has_what_was_on_the_device", false);
+}
+
+#[test]
+fn a_child_by_raw_clone_has_it_too() {
+    both_sides("a_child_by_raw_clone_has_it_too", true);
+}
+
+#[test]
+fn fork_while_threads_use_the_device() {
+    isolated("fork_while_threads_use_the_device", || {
+        let rt = runtime(16 << 20);
+        let stop = Arc::new(AtomicBool::new(false));
+        let rounds = Arc::new(AtomicU64::new(0));
+        let workers: Vec<_> = (0..2u64)
+            .map(|i| {
+                let (rt, stop, rounds) = (rt.clone(), stop.clone(), rounds.clone());
+                std::thread::spawn(move || {
+                    let (area, mut piece) = Area::filled(3 * M2, i == 1, &mut Rng::new(10 + i));
+                    while !stop.load(Ordering::Relaxed) {
+                        piece.check(&rt, "a worker during forks");
+                        rounds.fetch_add(1, Ordering::Relaxed);
+                    }
+                    drop(area);
+                })
+            })
+            .collect();
+        let (area, mut piece) = Area::filled(LEN, false, &mut Rng::new(3));
+        for round in 0..30 {
+            let raw = round % 3 == 2;
+            piece.change(&rt, "before");
+            let seen = rounds.load(Ordering::Relaxed);
+            fork_child(raw, || {
+                let mut mine = piece.clone();
+                let before = holds(&mine);
+                scribble(&mut mine, 9);
+                before && holds(&mine)
+            })
+            .good(&format!("round {round}: a child forked from a busy process"));
+            assert!(holds(&piece), "round {round}");
+            if round % 5 == 0 {
+                let waiting = Instant::now();
+                while rounds.load(Ordering::Relaxed) == seen && !workers.iter().any(|w| w.is_finished()) {
+                    assert!(waiting.elapsed() < Duration::from_secs(20), "workers stopped");
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+        workers.into_iter().for_each(|w| w.join().unwrap());
+        piece.check(&rt, "at the end");
+        drop(area);
+    });
+}
+
+/// In a child: a runtime of its own, and `then`.
+fn own_runtime(piece: &mut Piece, then: impl FnOnce(&mut Piece) -> bool) -> bool {
+    let rt = runtime(32 << 20);
+    piece.check(&rt, "in a child with its own runtime");
+    let on_device = rt.residence(piece.at, piece.len()).unwrap().device > 0;
+    let went_on = then(piece);
+    piece.check(&rt, "in a child, after its own children");
+    rt.shutdown();
+    on_device && went_on && holds(piece)
+}
+
+#[test]
+fn children_run_their_own_and_have_children() {
+    isolated("children_run_their_own_and_have_children", || {
+        let rt = runtime(64 << 20);
+        let (area, mut piece) = Area::filled(LEN, false, &mut Rng::new(4));
+        piece.change(&rt, "before");
+        let child = fork_child(false, || {
+            own_runtime(&mut piece.clone(), |piece| {
+                let grandchild: Child = fork_child(false, || own_runtime(&mut piece.clone(), |_| true));
+                grandchild.wait(Duration::from_secs(20)) == 0
+            })
+        });
+        piece.check(&rt, "the parent meanwhile");
+        child.good("a child with a runtime and a child");
+        piece.check(&rt, "the parent afterwards");
+        // Its own handle is of no use to a child, and says so.
+        fork_child(false, || {
+            let err = rt.launch(0, |_| Ok(())).wait(None);
+            err.is_err() && rt.evict(piece.at, K4).is_err() && holds(&piece)
+        })
+        .good("a child with its parent's handle");
+        drop(area);
+    });
+}
+
+#[test]
+fn spawned_programs_leave_the_device_alone() {
+    isolated("spawned_programs_leave_the_device_alone", || {
+        let rt = runtime(64 << 20);
+        let (area, mut piece) = Area::filled(LEN, false, &mut Rng::new(5));
+        piece.change(&rt, "before");
+        for _ in 0..5 {
+            assert!(Command::new("/bin/true").status().unwrap().success());
+        }
+        let device = rt.residence(area.at, LEN).unwrap().device;
+        assert_eq!(device, LEN, "posix_spawn needs nothing brought home");
+        // Arguments that are on the device: the kernel reads them on behalf of the child.
+        let words = Area::new(K64);
+        let text = b"/bin/sh\0-c\0test \"$0\" = argument\0argument\0";
+        cpu_write(words.at, text);
+        let starts: Vec<u64> = [0usize, 8, 11, 32].iter().map(|o| words.at + *o as u64).chain([0]).collect();
+        for (i, start) in starts.iter().enumerate() {
+            cpu_write(words.at + K4 + i as u64 * 8, &start.to_le_bytes());
+        }
+        device_xor(&rt, words.at, K64, 0).unwrap();
+        assert_eq!(rt.residence(words.at, K64).unwrap().device, K64);
+        let mut pid = 0;
+        // SAFETY: path, arguments and environment are terminated as they must be.
+        let failed = unsafe {
+            libc::posix_spawn(
+                &mut pid,
+                c"/bin/sh".as_ptr(),
+                std::ptr::null(),
+                std::ptr::null(),
+                (words.at + K4) as *const *mut libc::c_char,
+                [std::ptr::null_mut()].as_ptr(),
+            )
+        };
+        assert_eq!(failed, 0);
+        let mut status = 0;
+        // SAFETY: our own child.
+        assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
+        assert_eq!(status, 0, "the program got its arguments");
+        piece.check(&rt, "afterwards");
+        drop((area, words));
+    });
+}
+
+#[test]
+fn a_vforked_child_sees_the_device() {
+    isolated("a_vforked_child_sees_the_device", || {
+        extern "C" fn body(piece: *mut libc::c_void) -> libc::c_int {
+            // SAFETY: the parent's piece; the parent sleeps until this ends.
+            let piece = unsafe { &mut *piece.cast::<Piece>() };
+            let (mut at, mut off) = (piece.at, 0);
+            while off < piece.bytes.len() {
+                if cpu_peek(at) != piece.bytes[off] {
+                    return 1;
+                }
+                cpu_write(at, &[0xee]);
+                piece.bytes[off] = 0xee;
+                at += 5 * K4;
+                off += 5 * K4 as usize;
+            }
+            0
+        }
+        let rt = runtime(64 << 20);
+        let (area, mut piece) = Area::filled(LEN, false, &mut Rng::new(6));
+        for round in 0..3 {
+            piece.change(&rt, "before");
+            let mut stack = vec![0u8; 64 << 10];
+            let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
+            // SAFETY: as vfork, on a stack of its own; `piece` outlives the call.
+            let pid = unsafe {
+                let top = stack.as_mut_ptr().add(stack.len() & !15);
+                libc::clone(body, top.cast(), flags, (&raw mut piece).cast())
+            };
+            assert!(pid > 0);
+            let mut status = 0;
+            // SAFETY: our own child.
+            assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
+            assert_eq!(status, 0, "round {round}");
+            piece.check(&rt, "what the vforked child wrote");
+        }
+        drop(area);
+    });
+}
+
+#[test]
+fn pages_shared_with_a_living_child_are_its_own() {
+    isolated("pages_shared_with_a_living_child_are_its_own", || {
+        let rt = runtime(64 << 20);
+        for raw in [false, true] {
+            let (area, mut piece) = Area::filled(LEN, !raw, &mut Rng::new(7));
+            let mut pipe = [0; 2];
+            // SAFETY: two descriptors for two integers.
+            assert_eq!(unsafe { libc::pipe(pipe.as_mut_ptr()) }, 0);
+            let child = fork_child(raw, || {
+                let mut go = [0u8];
+                // SAFETY: reads one byte into a live array.
+                let got = unsafe { libc::read(pipe[0], go.as_mut_ptr().cast(), 1) };
+                got == 1 && holds(&piece)
+            });
+            let mut mine = piece.clone();
+            for _ in 0..3 {
+                mine.check(&rt, "shared with a child");
+            }
+            let moved = rt.residence(area.at, LEN).unwrap().device;
+            assert_eq!(moved, LEN, "copy-on-write was broken and the memory migrated");
+            // SAFETY: writes one byte of a live string.
+            assert_eq!(unsafe { libc::write(pipe[1], c"g".as_ptr().cast(), 1) }, 1);
+            child.good("a child whose parent used the device meanwhile");
+            mine.check(&rt, "afterwards");
+            piece.bytes.clear();
+            drop(area);
+        }
+    });
+}
