@@ -276,17 +276,22 @@ impl Service {
     /// Returns when every event that the kernel had queued before the call was handled. Not for service threads of this
     /// loop.
     pub fn barrier(&self) {
-        let begun = self.begun.load(Ordering::Acquire);
+        // In this order: what is not unread any more was taken by a read that had begun by then.
         let unread = self.host.channel().has_messages();
+        let begun = self.begun.load(Ordering::Acquire);
         let target = if unread { begun + 1 } else { begun };
         let mut looks = 0u32;
         while self.finished.load(Ordering::Acquire) < target && !self.stop.load(Ordering::Acquire) {
             looks += 1;
             if looks < 64 {
                 std::thread::yield_now();
-            } else {
-                std::thread::sleep(Duration::from_micros(20));
+                continue;
             }
+            // The read that had begun may have taken everything, and the reader sleeps: nothing but this wakes it.
+            if unread {
+                self.host.channel().wake_reader();
+            }
+            std::thread::sleep(Duration::from_micros(20));
         }
     }
 
