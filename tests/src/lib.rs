@@ -1,1 +1,2 @@
 //! usvm-tests.
+pub mod support;
