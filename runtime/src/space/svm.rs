@@ -246,7 +246,7 @@ impl Svm {
                 }
                 Error::OutOfDeviceMemory { needed, capacity, busy } => {
                     let since = *full_since.get_or_insert_with(Instant::now);
-                    if since.elapsed() > PIN_PATIENCE || !self.others_hold_memory(device, own) {
+                    if since.elapsed() > PIN_PATIENCE || !self.others_hold_memory(device, own, seen) {
                         let needed =
                             needed + own.iter().copied().flatten().map(|r| r.span().len()).sum::<u64>();
                         return Err(Error::OutOfDeviceMemory { needed, capacity, busy });
@@ -259,13 +259,24 @@ impl Svm {
         Err(Error::Again { what: "a device access", tries: TRIES })
     }
 
-    /// Whether some range on the device may still be given up by somebody else: pinned by work that will end, or in
-    /// another thread's hands.
-    fn others_hold_memory(&self, device: u32, own: [&[Arc<Range>]; 2]) -> bool {
-        self.mover
-            .by_use(device)
-            .iter()
-            .any(|range| !own.iter().copied().flatten().any(|mine| Arc::ptr_eq(mine, range)))
+    /// Whether somebody else has device memory that will be given up: work that will end, or a mover in whose hands it
+    /// is. The latter is in no list yet, so what counts is what is allocated beyond the caller's own. `seen`: the
+    /// generation before the memory was found to be full.
+    fn others_hold_memory(&self, device: u32, own: [&[Arc<Range>]; 2], seen: u64) -> bool {
+        let port = self.mover.device(device);
+        let allocated = port.info().vram_bytes.saturating_sub(port.vram_free_bytes());
+        let mut mine: Vec<&Arc<Range>> = own.into_iter().flatten().collect();
+        mine.sort_unstable_by_key(|range| range.span().start);
+        mine.dedup_by_key(|range| range.span().start);
+        let held: u64 = mine
+            .into_iter()
+            .filter_map(|range| {
+                let state = range.data.lock();
+                let moved = state.moved.as_ref().filter(|m| m.device == device)?;
+                moved.bo.as_ref().map(|bo| bo.len)
+            })
+            .sum();
+        allocated > held || self.mover.released().generation() != seen
     }
 
     /// One try. `None`: the mappings changed meanwhile.
