@@ -328,8 +328,8 @@ fn prefetch_evict_and_faults_race() {
                 let len = len.min(mem.at + mem.len - at);
                 match dice.below(3) {
                     0 => runtime.evict(at, len).unwrap(),
-                    1 => drop(runtime.prefetch(at, len, Location::Host).wait(None).unwrap()),
-                    _ => drop(runtime.prefetch(at, len, Location::Device(0)).wait(None).unwrap()),
+                    1 => assert!(runtime.prefetch(at, len, Location::Host).wait(None).unwrap()),
+                    _ => assert!(runtime.prefetch(at, len, Location::Device(0)).wait(None).unwrap()),
                 }
             }
         });
