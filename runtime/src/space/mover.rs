@@ -531,7 +531,11 @@ impl Mover {
             Some(written) => written,
             None => {
                 self.host.register(span)?;
-                self.host.track(span).map_err(|why| why.to_error(span))?;
+                self.host.track(span).map_err(|why| match why {
+                    // The caller migrates instead.
+                    FlipError::Os(_) => Error::NotSupported("tracking writes".into()),
+                    why => why.to_error(span),
+                })?;
                 if m.bo.is_none() {
                     m.bo = Some(self.allocate(device, span)?);
                     m.device = device;
