@@ -1,2 +1,3 @@
 //! usvm-tests.
+pub mod scenario;
 pub mod support;
