@@ -49,7 +49,7 @@ fn give_up(name: &str, seconds: u64) -> ! {
     if std::env::var_os("USVM_TEST_STACKS").is_some() {
         let pid = std::process::id().to_string();
         let _ = std::process::Command::new("gdb")
-            .args(["-p", &pid, "-batch", "-ex", "set pagination off", "-ex", "thread apply all bt 12"])
+            .args(["-p", &pid, "-batch", "-ex", "set pagination off", "-ex", "thread apply all bt 14"])
             .stdout(std::fs::File::create(format!("/tmp/stacks-{pid}.txt")).unwrap())
             .status();
         eprintln!("stacks: /tmp/stacks-{pid}.txt");

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
+use usvm::host::Options;
+use usvm::host::features::Features;
 use usvm::{Config, Hint, Location, Runtime};
 use usvm_tests::support::*;
 
@@ -338,4 +340,74 @@ fn prefetch_evict_and_faults_race() {
             stop.store(true, Relaxed);
         });
     });
+}
+
+#[test]
+fn no_store_is_lost_where_the_kernel_cannot_move_pages() {
+    let _alone = alone("no MOVE", 60);
+    let options = Options { forbid: Features::MOVE, prepared: 1, ..Options::default() };
+    let runtime = runtime_with(policy("gpusvm"), options, &[16 << 20]).unwrap();
+    let mem = zeroed(Mem::huge(M2));
+    hammer(&runtime, &mem, 2, true, Duration::from_secs(2), 100);
+}
+
+/// The device uses most of `mem`, another thread drops and unmaps other pages of the very same ranges.
+fn drop_pages_beside(options: Options) {
+    let runtime = runtime_with(policy("gpusvm"), options, &[16 << 20]).unwrap();
+    let mem = Mem::filled(2 * M2, 1);
+    let (at, len) = (mem.at, mem.len);
+    let used = len - 16 * K4;
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let (mem, stop) = (&mem, &stop);
+        scope.spawn(move || {
+            let mut dice = Dice::new(1);
+            while !stop.load(Relaxed) {
+                let page = mem.ptr(used + dice.below(16) * K4);
+                let protection = libc::PROT_READ | libc::PROT_WRITE;
+                let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+                // SAFETY: nothing refers to these pages; the new mapping is like the old one.
+                unsafe {
+                    match dice.below(8) {
+                        0 => assert_ne!(libc::mmap(page, 4096, protection, flags, -1, 0), libc::MAP_FAILED),
+                        _ => assert_eq!(libc::madvise(page, 4096, libc::MADV_DONTNEED), 0),
+                    }
+                    page.cast::<u64>().write_volatile(7);
+                    let found = page.cast::<u64>().read_volatile();
+                    assert!(found == 7, "{found:#x}");
+                }
+            }
+        });
+        let began = Instant::now();
+        let mut round = 1;
+        while began.elapsed() < Duration::from_secs(2) {
+            let pass = move |gpu: &mut usvm::device::sim::Gpu<'_>| {
+                gpu_check(gpu, at + len - M2, M2 - 16 * K4, (len - M2) / 8, round)?;
+                gpu_fill(gpu, at + len - M2, M2 - 16 * K4, (len - M2) / 8, round + 1)
+            };
+            if let Err(e) = runtime.launch(0, pass).wait(None) {
+                stop.store(true, Relaxed);
+                panic!("round {round}: {e}");
+            }
+            round += 1;
+            mem.check_words(len - M2, K4, |i| value(round, i));
+        }
+        stop.store(true, Relaxed);
+        mem.check_words(0, len - M2, |i| value(1, i));
+        mem.check_words(len - M2, M2 - 16 * K4, |i| value(round, i));
+        println!("{round} rounds");
+        assert!(round > 5, "{round}");
+    });
+}
+
+#[test]
+fn pages_are_dropped_beside_those_the_device_uses() {
+    let _alone = alone("dropped beside", 20);
+    drop_pages_beside(Options::default());
+}
+
+#[test]
+fn pages_are_dropped_beside_those_the_device_uses_and_the_kernel_cannot_move_pages() {
+    let _alone = alone("dropped beside, no MOVE", 30);
+    drop_pages_beside(Options { forbid: Features::MOVE, ..Options::default() });
 }

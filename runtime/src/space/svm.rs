@@ -294,9 +294,10 @@ impl Svm {
         if range.is_gone() {
             return Ok(None);
         }
-        if !state.is_home() && !self.still_ours(&range, &state, range.span()) {
+        let strangers = self.strangers(&range, &state, range.span());
+        if !strangers.is_empty() {
             drop(state);
-            self.replaced(&range);
+            self.replaced(&range, &strangers);
             return Ok(None);
         }
         let migratable = range.flags().contains(RangeFlags::MIGRATE_DEVMEM);
@@ -382,18 +383,34 @@ impl Svm {
         self.mover.to_host(range, state, &PageMask::first(range.span().pages()), want.cause)
     }
 
-    /// Whether the mappings that the range's truth in `part` was taken from are still there. A mapping that replaced one
-    /// was never registered.
-    fn still_ours(&self, range: &Range, state: &State, part: Span) -> bool {
-        let Some(m) = &state.moved else { return true };
+    /// Pages of `part` whose truth is away although the mapping it was taken from is not there any more. A mapping that
+    /// replaced one was never registered.
+    fn strangers(&self, range: &Range, state: &State, part: Span) -> PageMask {
+        let mut found = PageMask::EMPTY;
+        let Some(m) = &state.moved else { return found };
         let span = range.span();
         let away = m.vram.or(&m.strayed).and(&PageMask::of(span, part));
-        away.runs().all(|(first, count)| self.mover.host.is_registered(span.page_run(first, count)))
+        let mut runs: Vec<(usize, usize)> = away.runs().collect();
+        while let Some((first, count)) = runs.pop() {
+            if self.mover.host.is_registered(span.page_run(first, count)) {
+                continue;
+            }
+            if count == 1 {
+                found.set(first);
+                continue;
+            }
+            let half = count / 2;
+            runs.extend([(first, half), (first + half, count - half)]);
+        }
+        found
     }
 
-    /// The range's mapping was replaced and the event that says so is late: the old contents are nobody's.
-    fn replaced(&self, range: &Arc<Range>) {
-        self.unmapped(range.span());
+    /// Mappings under `strangers` of the range were replaced and the event that says so is late: their old contents are
+    /// nobody's. The range's other pages are as good as before.
+    fn replaced(&self, range: &Arc<Range>, strangers: &PageMask) {
+        for (first, count) in strangers.runs() {
+            self.unmapped(range.span().page_run(first, count));
+        }
     }
 
     /// Destroys ranges whose mappings went away, as the kernel does before each device access.
@@ -536,34 +553,43 @@ impl Svm {
 
     /// munmap, or a mapping placed over `span`: its contents are gone. Device mappings are gone when this returns.
     pub fn unmapped(&self, span: Span) {
+        self.unmapped_meanwhile(span, &|| ());
+    }
+
+    /// [`Svm::unmapped`] as an event: `read_on` is done again and again while another thread has a range in its hands, which
+    /// may be waiting for an event of its own to be read.
+    pub fn unmapped_meanwhile(&self, span: Span, read_on: &dyn Fn()) {
         self.change_landings(|landing| landing.pages = landing.pages.minus(&PageMask::of(landing.to, span)));
         for range in self.invalidate(EventKind::Unmap, span) {
-            let mut state = range.data.lock();
+            let mut state = lock_meanwhile(&range, read_on);
             // An event may be older than the mapping that stands there now and has gone to the device already: a mapping
             // is only ever registered by a migration, so what is registered and away is the newer one's. The garbage
             // collector brings that home.
-            if state.is_home() || !self.still_ours(&range, &state, span) {
-                self.mover.drop_pages(&range, &mut state, &PageMask::of(range.span(), span), true);
-            }
+            let part = PageMask::of(range.span(), span);
+            let away = state.moved.as_ref().map(|m| m.vram.or(&m.strayed).and(&part)).unwrap_or_default();
+            let newer = away.minus(&self.strangers(&range, &state, span));
+            self.mover.drop_pages(&range, &mut state, &part.minus(&newer), true);
         }
         self.mover.host.forget(span);
     }
 
-    /// madvise(DONTNEED, FREE, REMOVE) is about to drop the contents of `span`, the mapping stays.
-    pub fn discarded(&self, span: Span) {
+    /// madvise(DONTNEED, FREE, REMOVE) is about to drop the contents of `span`, the mapping stays. `read_on` as in
+    /// [`Svm::unmapped_meanwhile`].
+    pub fn discarded(&self, span: Span, read_on: &dyn Fn()) {
         self.change_landings(|landing| landing.pages = landing.pages.minus(&PageMask::of(landing.to, span)));
         for range in self.invalidate(EventKind::Clear, span) {
-            let mut state = range.data.lock();
+            let mut state = lock_meanwhile(&range, read_on);
             self.mover.unshare_copy(&range, &mut state);
             self.mover.drop_pages(&range, &mut state, &PageMask::of(range.span(), span), false);
         }
     }
 
-    /// mremap took `[from, from + len)` to `to`; what was on the device follows it.
-    pub fn moved(&self, from: u64, to: u64, len: u64) {
+    /// mremap took `[from, from + len)` to `to`; what was on the device follows it. `read_on` as in
+    /// [`Svm::unmapped_meanwhile`].
+    pub fn moved(&self, from: u64, to: u64, len: u64, read_on: &dyn Fn()) {
         let old = Span::sized(from, len);
         let shift = to.wrapping_sub(from);
-        self.unmapped_ranges_only(Span::sized(to, len));
+        self.unmapped_ranges_only(Span::sized(to, len), read_on);
         self.mover.host.moved(from, to, len);
         self.change_landings(|landing| {
             if landing.to.overlaps(old) {
@@ -581,9 +607,9 @@ impl Svm {
     }
 
     /// Contents at the destination of an mremap are gone; its registration is about to be another's.
-    fn unmapped_ranges_only(&self, span: Span) {
+    fn unmapped_ranges_only(&self, span: Span, read_on: &dyn Fn()) {
         for range in self.invalidate(EventKind::Unmap, span) {
-            let mut state = range.data.lock();
+            let mut state = lock_meanwhile(&range, read_on);
             self.mover.drop_pages(&range, &mut state, &PageMask::of(range.span(), span), true);
         }
     }
@@ -605,7 +631,8 @@ impl Svm {
     pub fn settle_landings(&self) -> bool {
         let mut landings = self.landings();
         landings.retain(|landing| {
-            let mut state = landing.range.data.lock();
+            // Not waited for: see `unmapped_meanwhile`.
+            let Some(mut state) = landing.range.data.try_lock() else { return true };
             if self.mover.land_elsewhere(&landing.range, &mut state, &landing.pages, landing.to).is_err() {
                 return true;
             }
@@ -780,6 +807,19 @@ impl Svm {
     /// Counts of one kind, for tests and tools.
     pub fn count(&self, counter: Counter) -> u64 {
         self.mover.observer.stats.get(counter)
+    }
+}
+
+/// Locks the range's state; does `read_on` again and again until it has it.
+fn lock_meanwhile<'a>(range: &'a Range, read_on: &dyn Fn()) -> MutexGuard<'a, State> {
+    let mut tries = 0;
+    loop {
+        if let Some(state) = range.data.try_lock() {
+            return state;
+        }
+        read_on();
+        back_off(tries.min(63));
+        tries += 1;
     }
 }
 
