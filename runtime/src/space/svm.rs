@@ -492,11 +492,7 @@ impl Svm {
         let gone = state.moved.as_ref().map(|m| m.vram.minus(&m.fresh)).unwrap_or_default();
         tracing::error!(%span, pages = gone.count(), "data that lived only on the device is lost: {error}");
         self.mover.drop_pages(range, state, &gone, false);
-        for (first, count) in gone.runs() {
-            for page in first..first + count {
-                self.mover.host.poison(span.page_run(page, 1).start);
-            }
-        }
+        self.poison(span, &gone);
         match self.mover.to_host(range, state, &PageMask::first(span.pages()), Cause::CpuFault) {
             Ok(()) => Served::Done,
             Err(_) => Served::Retry(Wait::Events),
@@ -642,9 +638,11 @@ impl Svm {
         landings.is_empty()
     }
 
-    /// Brings everything in `span` home, whoever has it, waiting for running work.
+    /// Brings everything in `span` home, whoever has it, waiting for running work. What is lost with its device is
+    /// reported and does not keep the rest from coming home.
     pub fn bring_home(&self, span: Span, cause: Cause) -> Result<()> {
         let deadline = Instant::now() + PIN_PATIENCE;
+        let mut lost = Ok(());
         for range in self.space.ranges_in(span) {
             let mut attempt = 0;
             loop {
@@ -658,7 +656,18 @@ impl Svm {
                     if range.data.is_pinned() {
                         Err(Error::Busy { span: range.span() })
                     } else {
-                        self.mover.to_host(&range, &mut state, &PageMask::first(range.span().pages()), cause)
+                        let all = PageMask::first(range.span().pages());
+                        match self.mover.to_host(&range, &mut state, &all, cause) {
+                            Err(error @ Error::DeviceLost { .. }) => {
+                                let served = self.lost(&range, &mut state, error.clone());
+                                lost = Err(error);
+                                match served {
+                                    Served::Done => Ok(()),
+                                    Served::Retry(_) => Err(Error::Again { what: "a return", tries: 1 }),
+                                }
+                            }
+                            other => other,
+                        }
                     }
                 };
                 match result {
@@ -672,7 +681,7 @@ impl Svm {
                 attempt += 1;
             }
         }
-        Ok(())
+        lost
     }
 
     /// Drops the contents of `span` (usvm_discard): what is on the device is not copied back and reads as zero or as it
@@ -716,11 +725,20 @@ impl Svm {
         let result = self.bring_home(everything, Cause::User);
         for range in self.space.clear() {
             let mut state = range.data.lock();
-            if self
-                .mover
-                .to_host(&range, &mut state, &PageMask::first(range.span().pages()), Cause::User)
-                .is_ok()
-            {
+            let all = PageMask::first(range.span().pages());
+            let mut tries = 0;
+            while let Err(error) = self.mover.to_host(&range, &mut state, &all, Cause::User) {
+                tries += 1;
+                if !matches!(error, Error::Again { .. } | Error::OutOfHostMemory { .. }) || tries == TRIES {
+                    self.poison(
+                        range.span(),
+                        &state.moved.as_ref().map(|m| m.vram.or(&m.strayed)).unwrap_or_default(),
+                    );
+                    break;
+                }
+                back_off(tries);
+            }
+            if state.is_home() {
                 self.mover.dissolve(&range, &mut state);
             }
         }
@@ -751,14 +769,19 @@ impl Svm {
                 // Its holder is gone: which pages are home is only known by what is present, which stays as it is.
                 None => PageMask::first(range.span().pages()).minus(&self.mover.host.present(range.span())),
             };
-            for (first, count) in lost.runs() {
-                for page in first..first + count {
-                    self.mover.host.poison(range.span().page_run(page, 1).start);
-                }
+            self.poison(range.span(), &lost);
+        }
+    }
+
+    /// Makes `pages` of `span`, which are lost, answer SIGBUS.
+    fn poison(&self, span: Span, pages: &PageMask) {
+        for (first, count) in pages.runs() {
+            for page in first..first + count {
+                self.mover.host.poison(span.page_run(page, 1).start);
             }
-            if !lost.is_empty() {
-                tracing::error!(span = %range.span(), pages = lost.count(), "memory is lost");
-            }
+        }
+        if !pages.is_empty() {
+            tracing::error!(%span, pages = pages.count(), "memory is lost");
         }
     }
 
