@@ -48,8 +48,20 @@ fn give_up(name: &str, seconds: u64) -> ! {
     eprintln!("{name}: no end after {seconds} s");
     if std::env::var_os("USVM_TEST_STACKS").is_some() {
         let pid = std::process::id().to_string();
-        let _ = std::process::Command::new("gdb")
-            .args(["-p", &pid, "-batch", "-ex", "set pagination off", "-ex", "thread apply all bt 14"])
+        let _ = std::process::Command::new("timeout")
+            .args([
+                "-s",
+                "KILL",
+                "20",
+                "gdb",
+                "-p",
+                &pid,
+                "-batch",
+                "-ex",
+                "set pagination off",
+                "-ex",
+                "thread apply all bt 14",
+            ])
             .stdout(std::fs::File::create(format!("/tmp/stacks-{pid}.txt")).unwrap())
             .status();
         eprintln!("stacks: /tmp/stacks-{pid}.txt");
@@ -306,7 +318,14 @@ pub fn to_device(runtime: &Runtime, mem: &Mem, seed: u64) {
         .wait(None)
         .unwrap();
     let residence = runtime.residence(at, len).unwrap();
-    assert_eq!(residence.device, len, "{residence:?}");
+    let missing: Vec<u64> =
+        (0..len / K4).filter(|p| runtime.residence(at + p * K4, K4).unwrap().device == 0).collect();
+    assert_eq!(
+        residence.device,
+        len,
+        "{residence:?}; pages {missing:?} are not on the device: {}",
+        runtime.stats()
+    );
 }
 
 /// In the parent: runs the test called `name` of this program again, alone, in a process of its own, and gives its status and
