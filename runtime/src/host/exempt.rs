@@ -19,7 +19,7 @@
 //! A thread that opens libraries later may get a new dynamic thread vector; usvm's own threads open none.
 
 use super::spanset::SpanSet;
-use crate::ground::addr::{SZ_4K, Span};
+use crate::ground::addr::Span;
 use crate::ground::renew::Renewable;
 use std::ffi::{CStr, c_int, c_void};
 use std::sync::{PoisonError, RwLock};
@@ -187,8 +187,9 @@ fn thread_control() -> Vec<Span> {
         std::arch::asm!("mov {}, fs:0", out(reg) block, options(nostack, readonly, preserves_flags));
         std::arch::asm!("mov {}, fs:8", out(reg) vector, options(nostack, readonly, preserves_flags));
     }
-    // struct pthread lies at the block and is a little more than half a page long.
-    let mut spans = vec![Span::sized(block, SZ_4K)];
+    // Not more than that: the block is the end of the stack's mapping, and the next page somebody else's.
+    const STRUCT_PTHREAD: u64 = 2304;
+    let mut spans = vec![Span::sized(block, STRUCT_PTHREAD)];
     if !vector.is_null() && cfg!(target_env = "gnu") {
         // Entries are two words; the one before the first holds how many there are.
         // SAFETY: glibc allocates the vector with that entry.
@@ -206,6 +207,7 @@ fn thread_control() -> Vec<Span> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ground::addr::SZ_4K;
     use std::cell::Cell;
     use std::sync::atomic::{AtomicU64, Ordering};
 

@@ -23,8 +23,9 @@
 //!    registered before it ([`crate::space::svm::Svm::unmapped`]), and what mremap moved follows later events while it
 //!    has not landed.
 //! 3. While any event is unread, every flip answers EAGAIN. Whoever gets that puts the fault back, so that the next
-//!    read comes first. No thread waits for a lock while it is the reader, except for a range's own, in an event: and
-//!    whoever holds that one never waits for the reader with it.
+//!    read comes first. No thread waits for a lock while it is the reader, except for a range's own, in an event. Its
+//!    holder may wait for the reader with it: in an mremap of usvm's own, where pages cannot be moved otherwise. So the
+//!    reader reads on while it waits, and handles what it read when its turn comes.
 //! 4. [`Service::barrier`] returns when every event queued before the call was handled. A device access begins with it.
 //!
 //! # Waiting for messages
@@ -94,6 +95,8 @@ pub struct Service {
     host: Arc<Host>,
     svm: Arc<Svm>,
     reader: Mutex<Reader>,
+    /// Messages that were read and not handled yet, in order.
+    unhandled: Mutex<VecDeque<Message>>,
     queue: Mutex<VecDeque<Fault>>,
     company: AtomicU32,
     begun: AtomicU64,
@@ -118,6 +121,7 @@ impl Service {
                 batch: Vec::with_capacity(256),
                 spin: Spin { max: spin, now: Duration::ZERO, last: now },
             }),
+            unhandled: Mutex::new(VecDeque::with_capacity(256)),
             queue: Mutex::new(VecDeque::with_capacity(256)),
             company: AtomicU32::new(0),
             begun: AtomicU64::new(0),
@@ -186,21 +190,36 @@ impl Service {
         Ok(())
     }
 
+    fn unhandled(&self) -> MutexGuard<'_, VecDeque<Message>> {
+        self.unhandled.lock().unwrap_or_else(|p| p.into_inner())
+    }
+
+    /// Reads all messages and handles none: whoever caused an event can go on.
+    fn read_on(&self, batch: &mut Vec<Message>) -> Result<usize> {
+        let read = self.host.channel().read_batch(batch);
+        self.unhandled().extend(batch.drain(..));
+        read
+    }
+
     /// Reads all messages, handles the events, queues the faults. Whether there was any message.
     fn read(&self, reader: &mut Reader) -> Result<bool> {
         self.begun.fetch_add(1, Ordering::AcqRel);
-        let read = self.host.channel().read_batch(&mut reader.batch);
+        let read = self.read_on(&mut reader.batch);
         let arrived = Instant::now();
-        let any = !reader.batch.is_empty();
+        let mut any = false;
         let mut faults = Vec::new();
-        for message in reader.batch.drain(..) {
+        loop {
+            let next = self.unhandled().pop_front();
+            let Some(message) = next else { break };
+            any = true;
+            let read_on = || drop(self.read_on(&mut Vec::new()));
             match message {
                 Message::Fault { addr, .. } => faults.push(align_down(addr, SZ_4K)),
-                Message::Unmap(span) => self.svm.unmapped(span),
-                Message::Remove(span) => self.svm.discarded(span),
+                Message::Unmap(span) => self.svm.unmapped_meanwhile(span, &read_on),
+                Message::Remove(span) => self.svm.discarded(span, &read_on),
                 Message::Remap { from, to, len } => {
                     if !self.host.is_own_remap(from, to) {
-                        self.svm.moved(from, to, len);
+                        self.svm.moved(from, to, len, &read_on);
                     }
                 }
                 Message::Fork(child) => {
@@ -279,20 +298,22 @@ impl Service {
     /// Returns when every event that the kernel had queued before the call was handled. Not for service threads of this
     /// loop.
     pub fn barrier(&self) {
+        // In this order: what is not unread any more was taken by a read that had begun by then.
+        let unread = self.host.channel().has_messages();
         let begun = self.begun.load(Ordering::Acquire);
-        let mut target = if self.host.channel().has_messages() { begun + 1 } else { begun };
+        let mut target = if unread { begun + 1 } else { begun };
         let mut looks = 0u32;
         while self.finished.load(Ordering::Acquire) < target && !self.stop.load(Ordering::Acquire) {
             looks += 1;
             if looks < 64 {
                 std::thread::yield_now();
-            } else {
-                std::thread::sleep(Duration::from_micros(20));
+                continue;
             }
             // The read that was under way may have taken what was unread: then there need be no next one.
             if !self.host.channel().has_messages() {
                 target = target.min(self.begun.load(Ordering::Acquire));
             }
+            std::thread::sleep(Duration::from_micros(20));
         }
     }
 

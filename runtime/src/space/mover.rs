@@ -562,7 +562,11 @@ impl Mover {
                 // A device that writes over the link would change pages unseen.
                 self.unbind(range, bound);
                 self.host.register(span)?;
-                self.host.track(span).map_err(|why| why.to_error(span))?;
+                self.host.track(span).map_err(|why| match why {
+                    // The caller migrates instead.
+                    FlipError::Os(_) => Error::NotSupported("tracking writes".into()),
+                    why => why.to_error(span),
+                })?;
                 if m.bo.is_none() {
                     m.bo = Some(self.allocate(device, span)?);
                     m.device = device;

@@ -431,7 +431,7 @@ impl World {
 
     fn dont_need(&mut self, span: Span) {
         self.deliver();
-        self.svm.discarded(span);
+        self.svm.discarded(span, &|| ());
         self.host.zap(span);
         for addr in each(span) {
             self.adrift.remove(&addr);
@@ -455,7 +455,7 @@ impl World {
             self.adrift.remove(&addr);
         }
         self.adrift.extend(each(target));
-        self.svm.moved(from.start, to, from.len());
+        self.svm.moved(from.start, to, from.len(), &|| ());
     }
 
     /// What a child of fork would see.

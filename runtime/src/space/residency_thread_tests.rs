@@ -170,7 +170,7 @@ impl Party {
             } else {
                 // Between the event and the drop the kernel lets pages move: a known gap, kept shut here.
                 self.svm.freeze();
-                self.svm.discarded(span);
+                self.svm.discarded(span, &|| ());
                 self.host.zap(span);
                 self.svm.thaw();
             }

@@ -270,7 +270,7 @@ impl Svm {
                 }
                 Error::OutOfDeviceMemory { needed, capacity, busy } => {
                     let since = *full_since.get_or_insert_with(Instant::now);
-                    if since.elapsed() > PIN_PATIENCE || !self.others_hold_memory(device, own) {
+                    if since.elapsed() > PIN_PATIENCE || !self.others_hold_memory(device, own, seen) {
                         let needed =
                             needed + own.iter().copied().flatten().map(|r| r.span().len()).sum::<u64>();
                         return Err(Error::OutOfDeviceMemory { needed, capacity, busy });
@@ -295,13 +295,24 @@ impl Svm {
         self.invalidate(EventKind::Unmap, span);
     }
 
-    /// Whether some range on the device may still be given up by somebody else: pinned by work that will end, or in
-    /// another thread's hands.
-    fn others_hold_memory(&self, device: u32, own: [&[Arc<Range>]; 2]) -> bool {
-        self.mover
-            .by_use(device)
-            .iter()
-            .any(|range| !own.iter().copied().flatten().any(|mine| Arc::ptr_eq(mine, range)))
+    /// Whether somebody else has device memory that will be given up: work that will end, or a mover in whose hands it
+    /// is. The latter is in no list yet, so what counts is what is allocated beyond the caller's own. `seen`: the
+    /// generation before the memory was found to be full.
+    fn others_hold_memory(&self, device: u32, own: [&[Arc<Range>]; 2], seen: u64) -> bool {
+        let port = self.mover.device(device);
+        let allocated = port.info().vram_bytes.saturating_sub(port.vram_free_bytes());
+        let mut mine: Vec<&Arc<Range>> = own.into_iter().flatten().collect();
+        mine.sort_unstable_by_key(|range| range.span().start);
+        mine.dedup_by_key(|range| range.span().start);
+        let held: u64 = mine
+            .into_iter()
+            .filter_map(|range| {
+                let state = range.data.lock();
+                let moved = state.moved.as_ref().filter(|m| m.device == device)?;
+                moved.bo.as_ref().map(|bo| bo.len)
+            })
+            .sum();
+        allocated > held || self.mover.released().generation() != seen
     }
 
     /// One try. `None`: the mappings changed meanwhile.
@@ -319,9 +330,10 @@ impl Svm {
         if range.is_gone() {
             return Ok(None);
         }
-        if !state.is_home() && !self.still_ours(&range, &state, range.span()) {
+        let strangers = self.strangers(&range, &state, range.span());
+        if !strangers.is_empty() {
             drop(state);
-            self.replaced(&range);
+            self.replaced(&range, &strangers);
             return Ok(None);
         }
         let migratable = range.flags().contains(RangeFlags::MIGRATE_DEVMEM);
@@ -410,21 +422,33 @@ impl Svm {
         self.mover.to_host(range, state, &PageMask::first(range.span().pages()), want.cause)
     }
 
-    /// Whether the mappings that the range's truth in `part` was taken from are still there. A mapping that replaced one
-    /// was never registered.
-    fn still_ours(&self, range: &Range, state: &State, part: Span) -> bool {
-        let Some(m) = &state.moved else { return true };
+    /// Pages of `part` whose truth is away although the mapping it was taken from is not there any more. A mapping that
+    /// replaced one was never registered.
+    fn strangers(&self, range: &Range, state: &State, part: Span) -> PageMask {
+        let mut found = PageMask::EMPTY;
+        let Some(m) = &state.moved else { return found };
         let span = range.span();
         let away = m.vram.or(&m.strayed).and(&PageMask::of(span, part));
-        away.runs().all(|(first, count)| self.mover.host.is_registered(span.page_run(first, count)))
+        let mut runs: Vec<(usize, usize)> = away.runs().collect();
+        while let Some((first, count)) = runs.pop() {
+            if self.mover.host.is_registered(span.page_run(first, count)) {
+                continue;
+            }
+            if count == 1 {
+                found.set(first);
+                continue;
+            }
+            let half = count / 2;
+            runs.extend([(first, half), (first + half, count - half)]);
+        }
+        found
     }
 
-    /// Part of the range's mapping was replaced and the event that says so is late: the old contents are nobody's.
-    fn replaced(&self, range: &Arc<Range>) {
-        let span = range.span();
-        let gone = PageMask::first(span.pages()).minus(&self.registered(span));
-        for (first, count) in gone.runs() {
-            self.unmapped(span.page_run(first, count));
+    /// Mappings under `strangers` of the range were replaced and the event that says so is late: their old contents are
+    /// nobody's. The range's other pages are as good as before.
+    fn replaced(&self, range: &Arc<Range>, strangers: &PageMask) {
+        for (first, count) in strangers.runs() {
+            self.unmapped(range.span().page_run(first, count));
         }
     }
 
@@ -552,11 +576,7 @@ impl Svm {
         let gone = state.moved.as_ref().map(|m| m.vram.minus(&m.fresh)).unwrap_or_default();
         tracing::error!(%span, pages = gone.count(), "data that lived only on the device is lost: {error}");
         self.mover.drop_pages(range, state, &gone, false);
-        for (first, count) in gone.runs() {
-            for page in first..first + count {
-                self.mover.host.poison(span.page_run(page, 1).start);
-            }
-        }
+        self.poison(span, &gone);
     }
 
     /// The page came back meanwhile, or it is a hole in memory that usvm watches. Then the whole range, if it is home,
@@ -635,10 +655,16 @@ impl Svm {
 
     /// munmap, or a mapping placed over `span`: its contents are gone. Device mappings are gone when this returns.
     pub fn unmapped(&self, span: Span) {
-        self.abandon_landings(span);
+        self.unmapped_meanwhile(span, &|| ());
+    }
+
+    /// [`Svm::unmapped`] as an event: `read_on` is done again and again while another thread has a range in its hands, which
+    /// may be waiting for an event of its own to be read.
+    pub fn unmapped_meanwhile(&self, span: Span, read_on: &dyn Fn()) {
+        self.abandon_landings(span, read_on);
         let mut kept = Vec::new();
         for range in self.invalidate(EventKind::Unmap, span) {
-            let mut state = range.data.lock();
+            let mut state = lock_meanwhile(&range, read_on);
             let part = range.span().intersect(span).unwrap_or(range.span());
             // An event may be older than the mapping that stands there now and has gone to the device already: a mapping
             // is only ever registered by a migration, so what is registered is the newer one's. The garbage collector
@@ -666,36 +692,38 @@ impl Svm {
         }
     }
 
-    /// madvise(DONTNEED, FREE, REMOVE) is about to drop the contents of `span`, the mapping stays.
+    /// madvise(DONTNEED, FREE, REMOVE) is about to drop the contents of `span`, the mapping stays. `read_on` as in
+    /// [`Svm::unmapped_meanwhile`].
     ///
     /// The kernel reports before it drops, and lets the caller go on when the report is read. A page that leaves in
     /// between would escape, and its old contents would come back: see [`Svm::being_dropped`].
-    pub fn discarded(&self, span: Span) {
+    pub fn discarded(&self, span: Span, read_on: &dyn Fn()) {
         self.dropping().push((span, Instant::now()));
-        self.abandon_landings(span);
+        self.abandon_landings(span, read_on);
         for range in self.invalidate(EventKind::Clear, span) {
-            let mut state = range.data.lock();
+            let mut state = lock_meanwhile(&range, read_on);
             self.mover.unshare_copy(&range, &mut state);
             self.mover.drop_pages(&range, &mut state, &PageMask::of(range.span(), span), false);
         }
     }
 
-    /// mremap took `[from, from + len)` to `to`; what was on the device follows it.
+    /// mremap took `[from, from + len)` to `to`; what was on the device follows it. `read_on` as in
+    /// [`Svm::unmapped_meanwhile`].
     ///
     /// The kernel says that the old place is unmapped in an event of its own, after this one, and refuses flips until that
     /// is read. So the contents leave their range here and land when the kernel lets them.
-    pub fn moved(&self, from: u64, to: u64, len: u64) {
+    pub fn moved(&self, from: u64, to: u64, len: u64, read_on: &dyn Fn()) {
         let old = Span::sized(from, len);
         let shift = to.wrapping_sub(from);
-        self.unmapped_ranges_only(Span::sized(to, len));
+        self.unmapped_ranges_only(Span::sized(to, len), read_on);
         self.mover.host.moved(from, to, len);
-        self.abandon_landings(Span::sized(to, len));
+        self.abandon_landings(Span::sized(to, len), read_on);
         let mut landings = self.landings();
         shift_landings(&mut landings, old, shift);
         for range in self.invalidate(EventKind::Unmap, old) {
             let pages = PageMask::of(range.span(), old);
             let to = Span::sized(range.span().start.wrapping_add(shift), range.span().len());
-            let mut state = range.data.lock();
+            let mut state = lock_meanwhile(&range, read_on);
             if let Err(e) = self.mover.leave(&range, &mut state, &pages) {
                 tracing::error!(span = %to, "memory moved by mremap is lost: {e}");
             }
@@ -707,18 +735,18 @@ impl Svm {
     }
 
     /// Contents at the destination of an mremap are gone; its registration is about to be another's.
-    fn unmapped_ranges_only(&self, span: Span) {
+    fn unmapped_ranges_only(&self, span: Span, read_on: &dyn Fn()) {
         for range in self.invalidate(EventKind::Unmap, span) {
-            let mut state = range.data.lock();
+            let mut state = lock_meanwhile(&range, read_on);
             self.mover.drop_pages(&range, &mut state, &PageMask::of(range.span(), span), true);
         }
     }
 
     /// What was to land in `span` is nobody's any more.
-    fn abandon_landings(&self, span: Span) {
+    fn abandon_landings(&self, span: Span, read_on: &dyn Fn()) {
         for landing in self.landings().iter_mut().filter(|landing| landing.to.overlaps(span)) {
             let gone = PageMask::of(landing.to, span);
-            self.mover.abandon(&landing.range, &mut landing.range.data.lock(), &gone);
+            self.mover.abandon(&landing.range, &mut lock_meanwhile(&landing.range, read_on), &gone);
             landing.pages = landing.pages.minus(&gone);
         }
     }
@@ -749,13 +777,15 @@ impl Svm {
     pub fn settle_landings(&self) -> bool {
         let mut landings = self.landings();
         landings.retain(|landing| {
-            let mut state = landing.range.data.lock();
+            // Not waited for: see `unmapped_meanwhile`.
+            let Some(mut state) = landing.range.data.try_lock() else { return true };
             self.mover.land_elsewhere(&landing.range, &mut state, &landing.pages, landing.to).is_err()
         });
         landings.is_empty()
     }
 
-    /// Brings everything in `span` home, whoever has it, waiting for running work.
+    /// Brings everything in `span` home, whoever has it, waiting for running work. What is lost with its device is
+    /// reported and does not keep the rest from coming home.
     pub fn bring_home(&self, span: Span, cause: Cause) -> Result<()> {
         let deadline = Instant::now() + PIN_PATIENCE;
         let mut looks = 0;
@@ -763,6 +793,7 @@ impl Svm {
             back_off(looks);
             looks += 1;
         }
+        let mut lost = Ok(());
         for range in self.space.ranges_in(span) {
             let mut attempt = 0;
             loop {
@@ -776,7 +807,15 @@ impl Svm {
                     if range.data.is_pinned() {
                         Err(Error::Busy { span: range.span() })
                     } else {
-                        self.salvage(&range, &mut state, cause)
+                        let all = PageMask::first(range.span().pages());
+                        match self.mover.to_host(&range, &mut state, &all, cause) {
+                            Err(error @ Error::DeviceLost { .. }) => {
+                                lost = Err(error.clone());
+                                self.write_off(&range, &mut state, error);
+                                self.mover.to_host(&range, &mut state, &all, cause)
+                            }
+                            other => other,
+                        }
                     }
                 };
                 match result {
@@ -793,7 +832,7 @@ impl Svm {
                 attempt += 1;
             }
         }
-        Ok(())
+        lost
     }
 
     /// Drops the contents of `span` (usvm_discard): what is on the device is not copied back and reads as zero or as it
@@ -839,7 +878,19 @@ impl Svm {
         let result = self.bring_home(everything, Cause::User);
         for range in self.space.clear() {
             let mut state = range.data.lock();
-            if self.salvage(&range, &mut state, Cause::User).is_ok() {
+            let mut tries = 0;
+            while let Err(error) = self.salvage(&range, &mut state, Cause::User) {
+                tries += 1;
+                if !matches!(error, Error::Again { .. } | Error::OutOfHostMemory { .. }) || tries == TRIES {
+                    self.poison(
+                        range.span(),
+                        &state.moved.as_ref().map(|m| m.vram.or(&m.strayed)).unwrap_or_default(),
+                    );
+                    break;
+                }
+                back_off(tries);
+            }
+            if state.is_home() {
                 self.mover.dissolve(&range, &mut state);
             }
         }
@@ -870,14 +921,19 @@ impl Svm {
                 // Its holder is gone: which pages are home is only known by what is present, which stays as it is.
                 None => PageMask::first(range.span().pages()).minus(&self.mover.host.present(range.span())),
             };
-            for (first, count) in lost.runs() {
-                for page in first..first + count {
-                    self.mover.host.poison(range.span().page_run(page, 1).start);
-                }
+            self.poison(range.span(), &lost);
+        }
+    }
+
+    /// Makes `pages` of `span`, which are lost, answer SIGBUS.
+    fn poison(&self, span: Span, pages: &PageMask) {
+        for (first, count) in pages.runs() {
+            for page in first..first + count {
+                self.mover.host.poison(span.page_run(page, 1).start);
             }
-            if !lost.is_empty() {
-                tracing::error!(span = %range.span(), pages = lost.count(), "memory is lost");
-            }
+        }
+        if !pages.is_empty() {
+            tracing::error!(%span, pages = pages.count(), "memory is lost");
         }
     }
 
@@ -947,6 +1003,19 @@ fn shift_landings(landings: &mut Vec<Landing>, old: Span, shift: u64) {
 fn is_away(range: &Range, state: &State, page: u64) -> bool {
     let index = range.span().page_index(page);
     state.moved.as_ref().is_some_and(|m| m.vram.get(index) || m.strayed.get(index))
+}
+
+/// Locks the range's state; does `read_on` again and again until it has it.
+fn lock_meanwhile<'a>(range: &'a Range, read_on: &dyn Fn()) -> MutexGuard<'a, State> {
+    let mut tries = 0;
+    loop {
+        if let Some(state) = range.data.try_lock() {
+            return state;
+        }
+        read_on();
+        back_off(tries.min(63));
+        tries += 1;
+    }
 }
 
 fn may_be_remote(want: Want, atomics: bool) -> bool {

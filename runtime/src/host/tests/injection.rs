@@ -20,7 +20,7 @@ const ERRNOS: [i32; 9] = [
 ];
 
 /// The calls of this floor.
-const CALLS: [Call; 24] = [
+const CALLS: [Call; 23] = [
     Call::UffdDevice,
     Call::UffdOpen,
     Call::UffdApi,
