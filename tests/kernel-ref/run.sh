@@ -12,7 +12,8 @@ set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
 cache=${USVM_CACHE:-$(cd "$here/../.." && pwd)/.cache/kernel-ref}
-mirror=${USVM_MIRROR:-http://deb.debian.org/debian}
+# The mirror that apt uses on this machine, unless told otherwise.
+mirror=${USVM_MIRROR:-$(apt-get indextargets --format '$(REPO_URI)' 2>/dev/null | grep -v security | head -n 1 | sed 's,/$,,')}
 lock=$here/packages.lock
 compiler=gcc-16
 configs=${CONFIGS:-chunks windows edge512 migrate huge full fork small ladder narrow pages}
@@ -49,7 +50,7 @@ fetch_packages() {
         if ! curl -fsS --retry 2 -m 600 -o "$file.part" "$mirror/$path"; then
             curl -fsSI -m 20 -o /dev/null "$mirror/dists/sid/Release" || skip "no network and no cache ($name is missing)"
             fail "$name $version is no longer at $mirror. Set USVM_MIRROR to one that keeps it" \
-                "(snapshot.debian.org/archive/debian/<date>), or take the newest kernel: $0 relock"
+                "(Debian keeps snapshots of its archive by date), or take the newest kernel: $0 relock"
         fi
         mv "$file.part" "$file"
     done < <(locked)

@@ -191,12 +191,14 @@ impl Case for Fault4k {
     }
 }
 
-/// Two threads touch ranges on the device at the same time, against one.
-#[derive(Default)]
+/// Threads touch ranges on the device at the same time.
 struct Storm {
+    threads: usize,
     made: Option<(Runtime, Slots)>,
 }
 
+/// The storm that storms are measured against.
+const ONE_THREAD: &str = "fault_storm_one_thread";
 /// Ranges in a storm.
 const STORM: usize = 512;
 
@@ -224,15 +226,19 @@ impl Storm {
 
 impl Case for Storm {
     fn name(&self) -> &'static str {
-        "fault_storm"
+        if self.threads == 1 { ONE_THREAD } else { "fault_storm" }
     }
 
     fn about(&self) -> &'static str {
-        "time per fault when 2 threads touch 512 ranges of 2 MiB on the device, against 1 thread"
+        if self.threads == 1 {
+            "time per fault when a thread touches 512 ranges of 2 MiB on the device"
+        } else {
+            "the same when 2 threads share the ranges"
+        }
     }
 
     fn baseline(&self) -> Option<&'static str> {
-        Some("one thread")
+        (self.threads > 1).then_some(ONE_THREAD)
     }
 
     fn at_most(&self) -> u32 {
@@ -248,7 +254,7 @@ impl Case for Storm {
     }
 
     fn sample(&mut self) -> Result<f64> {
-        self.run(2)
+        self.run(self.threads)
     }
 
     fn baseline_sample(&mut self) -> Result<f64> {
@@ -265,6 +271,7 @@ pub fn all() -> Vec<Box<dyn Case>> {
         case("clean_return_2m", "a CPU touch of 2 MiB the device only read", What::CleanReturn),
         case("delta_to_device_2m_8dirty", "a device access after the CPU wrote 8 pages", What::Delta),
         Box::new(Fault4k::default()),
-        Box::new(Storm::default()),
+        Box::new(Storm { threads: 1, made: None }),
+        Box::new(Storm { threads: 2, made: None }),
     ]
 }

@@ -1,0 +1,34 @@
+#!/bin/sh
+# All tests, then one line with their numbers. Tests that cannot run here say "skipped:" and why.
+set -u
+cd "$(dirname "$0")/.."
+
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+failed=0
+
+step() {
+    echo "== $*"
+    "$@" 2>&1 | tee -a "$log.step"
+    status=0
+    # The status of the step, not of tee.
+    grep -qE '^test result: FAILED|^error(\[|:)|panicked at .*must' "$log.step" && status=1
+    cat "$log.step" >>"$log"
+    rm -f "$log.step"
+    return $status
+}
+
+# Races are real: tests that hammer memory want the processors for themselves, so binaries run one after the other.
+step cargo test --workspace --no-fail-fast || failed=1
+step cargo run --release --quiet -p usvm-examples --bin demo || failed=1
+grep -qx verified "$log" || { echo "the demo did not end in verified"; failed=1; }
+if command -v python3 >/dev/null 2>&1; then
+    step make --no-print-directory check-kernel-ref || failed=1
+else
+    echo "skipped: the recorded kernel traces need python3"
+fi
+
+passed=$(awk '/^test result:/ { p += $4; f += $6 } END { print p + 0, "passed,", f + 0, "failed" }' "$log")
+skipped=$(grep -c 'skipped:' "$log")
+echo "$passed, $skipped skipped"
+exit $failed
