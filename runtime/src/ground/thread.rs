@@ -6,7 +6,7 @@
 //! Each is listed with its kernel id, so that the watchdog can tell a dead one from a busy one.
 
 use std::io;
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::thread::JoinHandle;
 
 use nix::sys::signal::SigSet;
@@ -48,12 +48,28 @@ pub fn living() -> Vec<(Pid, String)> {
     list().clone()
 }
 
-/// Forgets all threads: in a forked child none exists.
-pub(crate) fn forget_all() {
-    list().clear();
+thread_local! {
+    /// The list, while this thread forks.
+    static HELD: std::cell::RefCell<Option<MutexGuard<'static, Vec<(Pid, String)>>>> =
+        const { std::cell::RefCell::new(None) };
 }
 
-fn list() -> std::sync::MutexGuard<'static, Vec<(Pid, String)>> {
+/// Holds the list until [`after_fork`] or [`forget_all`], so that no thread that the child lacks has it locked there.
+pub(crate) fn before_fork() {
+    HELD.set(Some(list()));
+}
+
+/// Ends [`before_fork`] in the parent.
+pub(crate) fn after_fork() {
+    HELD.set(None);
+}
+
+/// Ends [`before_fork`] in the child, where no thread of the list exists.
+pub(crate) fn forget_all() {
+    HELD.take().unwrap_or_else(list).clear();
+}
+
+fn list() -> MutexGuard<'static, Vec<(Pid, String)>> {
     LIVING.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 

@@ -419,11 +419,13 @@ fn before_fork() {
                 tracing::error!("a forked child may miss memory: {e}");
             }
         }
+        thread::before_fork();
     });
 }
 
 fn after_fork() {
     with_current(|inner| {
+        thread::after_fork();
         if inner.is_running() && !alloc::is_service_thread() {
             let svm = inner.svm.clone();
             let _ = inner.control.call(move || {
