@@ -38,6 +38,8 @@ use crate::space::{Ctx, Event, EventKind, Space};
 pub const TRIES: u32 = 2000;
 /// Tries to get pages that are pinned or shared before the range is reached over the link instead.
 const BUSY_TRIES: u32 = 4;
+/// Tries while the mapping of a range goes away although the address that was asked for is there.
+const GONE_TRIES: u32 = 64;
 /// How long an access waits for device memory that running work holds.
 pub const PIN_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -229,6 +231,9 @@ impl Svm {
             };
             match error {
                 Error::Again { .. } => back_off(attempt),
+                // Part of the range was mapped anew under this try; if the address itself is there, the next try finds a
+                // smaller range.
+                Error::Gone { .. } if attempt < GONE_TRIES && self.is_mapped(addr)? => back_off(attempt),
                 Error::Mixed { span } => self.bring_home(span, Cause::GpuAccess)?,
                 Error::Busy { span } if busy < BUSY_TRIES => {
                     busy += 1;
@@ -328,6 +333,10 @@ impl Svm {
         drop(commit);
         drop(state);
         Ok(Some(range))
+    }
+
+    fn is_mapped(&self, addr: u64) -> Result<bool> {
+        Ok(self.mover.host.find_vma(addr)?.is_some_and(|vma| vma.read || vma.write))
     }
 
     /// What the access is mapped for: read-only mappings are never bound writable.
