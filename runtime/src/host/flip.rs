@@ -196,7 +196,7 @@ impl Host {
         let mut flip = Flip::new(self, app, shadow, Way::Out);
         'look: for _ in 0..LOOKS {
             let _unread = self.channel.hold_messages();
-            if self.channel.is_forking() {
+            if self.channel.is_changing() {
                 return Err(flip.stop(FlipError::Again));
             }
             let there = self.pagemap.pages(app).map_err(|e| flip.stop(FlipError::Os(e.0)))?;
@@ -256,7 +256,7 @@ impl Host {
 
     fn transfer_in(&self, mut flip: Flip<'_>, pages: &PageMask) -> Result<(), FlipStop> {
         let _unread = self.channel.hold_messages();
-        if self.channel.is_forking() {
+        if self.channel.is_changing() {
             return Err(flip.stop(FlipError::Again));
         }
         for (first, count) in pages.runs() {

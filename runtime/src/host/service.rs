@@ -194,6 +194,8 @@ impl Service {
         let any = !reader.batch.is_empty();
         let mut faults = Vec::new();
         for message in reader.batch.drain(..) {
+            let _handling =
+                (!matches!(message, Message::Fault { .. })).then(|| self.host.channel().handling());
             match message {
                 Message::Fault { addr, .. } => faults.push(align_down(addr, SZ_4K)),
                 Message::Unmap(span) => self.svm.unmapped(span),
@@ -203,10 +205,7 @@ impl Service {
                         self.svm.moved(from, to, len);
                     }
                 }
-                Message::Fork(child) => {
-                    (self.on_fork)(child);
-                    self.host.channel().forked();
-                }
+                Message::Fork(child) => (self.on_fork)(child),
             }
         }
         self.finished.fetch_add(1, Ordering::AcqRel);
