@@ -144,7 +144,7 @@ impl<'a> Flip<'a> {
             libc::EEXIST => self.clear_marker(at, FlipError::Exists),
             libc::EFAULT => self.clear_marker(at, FlipError::Os(libc::EFAULT)),
             libc::ENOENT if self.way == Way::Out => Next::Hole,
-            libc::ENOENT if self.way == Way::In => Next::Stop(FlipError::Os(libc::ENOENT)),
+            libc::ENOENT if self.way == Way::In => self.missing(at, until),
             libc::EINVAL | libc::ENOENT => self.mapping(at, until),
             other => Next::Stop(FlipError::Os(other)),
         }
@@ -160,6 +160,15 @@ impl<'a> Flip<'a> {
             Ok(()) => Next::Retry,
             Err(Errno(libc::EAGAIN)) => Next::Stop(FlipError::Again),
             Err(_) => Next::Stop(otherwise),
+        }
+    }
+
+    /// Inward: no mapping at the application's address, or no page in the shadow.
+    fn missing(&mut self, at: usize, until: usize) -> Next {
+        let run = self.app.page_run(at, until - at);
+        match self.host.maps.find(run.start) {
+            Ok(Some(_)) => Next::Stop(FlipError::Os(libc::ENOENT)),
+            _ => Next::Stop(FlipError::NoMapping),
         }
     }
 

@@ -445,12 +445,16 @@ impl Svm {
         if !self.settle_landings() && self.awaits_landing(page) {
             return Served::Retry(Wait::Events);
         }
-        let Some(range) = self.space.find(page) else { return self.hole(Span::sized(page, SZ_4K)) };
+        let Some(range) = self.space.find(page) else { return self.hole_without_range(page) };
         let mut state = match range.data.try_lock() {
             Some(state) => state,
             None if patient => range.data.lock(),
             None => return Served::Retry(Wait::Lock),
         };
+        if range.flags().contains(RangeFlags::REMOVED) {
+            // Its successor may be away already.
+            return Served::Retry(Wait::Lock);
+        }
         let span = range.span();
         let index = span.page_index(page);
         let away = state.moved.as_ref().is_some_and(|m| m.vram.get(index) || m.strayed.get(index));
@@ -523,6 +527,16 @@ impl Svm {
         }
         self.mover.unshare_copy(range, state);
         self.hole(range.span())
+    }
+
+    /// Gives a page without a range back to the kernel, while no device access can make a range of it: a page that is
+    /// away must stay registered.
+    fn hole_without_range(&self, page: u64) -> Served {
+        let Ok(_no_access) = self.frozen.try_write() else { return Served::Retry(Wait::Lock) };
+        if self.space.find(page).is_some() {
+            return Served::Retry(Wait::Lock);
+        }
+        self.hole(Span::sized(page, SZ_4K))
     }
 
     fn hole(&self, span: Span) -> Served {
