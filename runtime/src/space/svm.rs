@@ -526,7 +526,7 @@ impl Svm {
             return self.zero(page);
         }
         self.mover.unshare_copy(range, state);
-        self.hole(range.span())
+        self.hole(range.span(), page)
     }
 
     /// Gives a page without a range back to the kernel, while no device access can make a range of it: a page that is
@@ -536,10 +536,19 @@ impl Svm {
         if self.space.find(page).is_some() {
             return Served::Retry(Wait::Lock);
         }
-        self.hole(Span::sized(page, SZ_4K))
+        self.hole(Span::sized(page, SZ_4K), page)
     }
 
-    fn hole(&self, span: Span) -> Served {
+    /// Gives `span`, all home, back to the kernel, for the fault at `page`. What mremap brought there and has not landed
+    /// needs its registration: then only the page is filled.
+    fn hole(&self, span: Span, page: u64) -> Served {
+        // Landings come before a range's state in the order of locks: only tried.
+        let Ok(landings) = self.landings.try_lock() else { return Served::Retry(Wait::Lock) };
+        let overlap = |l: &Landing| l.to.overlaps(span) || l.range.span().overlaps(span);
+        if landings.iter().any(overlap) {
+            drop(landings);
+            return if self.awaits_landing(page) { Served::Retry(Wait::Events) } else { self.zero(page) };
+        }
         self.mover.host.unregister(span);
         self.mover.host.wake(span);
         Served::Done
@@ -623,6 +632,9 @@ impl Svm {
             let Some(m) = &mut state.moved else { continue };
             let pages = PageMask::of(range.span(), old).and(&m.vram.or(&m.strayed)).minus(&m.leaving);
             m.leaving = m.leaving.or(&pages);
+            // What was home went along by itself; what is away is nobody's here once it has landed there.
+            let gone = PageMask::of(range.span(), old).minus(&m.vram).minus(&m.strayed);
+            m.dead = m.dead.or(&gone);
             drop(state);
             let to = Span::sized(range.span().start.wrapping_add(shift), range.span().len());
             landings.push(Landing { range, pages, taken: pages, to });
@@ -661,8 +673,9 @@ impl Svm {
         self.landings.lock().unwrap_or_else(|p| p.into_inner())
     }
 
+    /// Also when that cannot be told now.
     fn awaits_landing(&self, page: u64) -> bool {
-        let landings = self.landings();
+        let Ok(landings) = self.landings.try_lock() else { return true };
         let expected = |span: Span, pages: &PageMask| span.contains(page) && pages.get(span.page_index(page));
         landings.iter().any(|l| expected(l.to, &l.pages) || expected(l.range.span(), &l.taken))
     }
