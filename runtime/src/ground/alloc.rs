@@ -112,14 +112,12 @@ pub fn spans() -> [Span; 2] {
     [SERVICE.span(), MAILBOX.span()]
 }
 
-/// Maps usvm's own memory now, so that [`spans`] is complete before anything migrates.
-pub fn reserve() {
-    for area in [&SERVICE, &MAILBOX] {
+/// Maps usvm's own memory now, so that [`spans`] is complete before anything migrates. `false` when there is no room.
+pub fn reserve() -> bool {
+    [&SERVICE, &MAILBOX].into_iter().all(|area| {
         let mut heap = area.lock();
-        if area.base.load(Ordering::Relaxed) == 0 {
-            area.reserve(&mut heap);
-        }
-    }
+        area.base.load(Ordering::Relaxed) != 0 || area.reserve(&mut heap)
+    })
 }
 
 /// For a forked child, where only one thread lives: whoever held an area's lock at the fork is gone, so both areas

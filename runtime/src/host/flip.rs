@@ -144,7 +144,7 @@ impl<'a> Flip<'a> {
             libc::EEXIST => self.clear_markers(at, until, FlipError::Exists),
             libc::EFAULT => self.clear_markers(at, until, FlipError::Os(libc::EFAULT)),
             libc::ENOENT if self.way == Way::Out => Next::Hole,
-            libc::ENOENT if self.way == Way::In => Next::Stop(FlipError::Os(libc::ENOENT)),
+            libc::ENOENT if self.way == Way::In => self.missing(at, until),
             libc::EINVAL | libc::ENOENT => self.mapping(at, until),
             other => Next::Stop(FlipError::Os(other)),
         }
@@ -161,6 +161,15 @@ impl<'a> Flip<'a> {
             Ok(()) => Next::Retry,
             Err(Errno(libc::EAGAIN)) => Next::Stop(FlipError::Again),
             Err(_) => Next::Stop(otherwise),
+        }
+    }
+
+    /// Inward: no mapping at the application's address, or no page in the shadow.
+    fn missing(&mut self, at: usize, until: usize) -> Next {
+        let run = self.app.page_run(at, until - at);
+        match self.host.maps.find(run.start) {
+            Ok(Some(_)) => Next::Stop(FlipError::Os(libc::ENOENT)),
+            _ => Next::Stop(FlipError::NoMapping),
         }
     }
 
@@ -197,7 +206,7 @@ impl Host {
         let mut flip = Flip::new(self, app, shadow, Way::Out);
         'look: for _ in 0..LOOKS {
             let unread = self.channel.hold_messages();
-            if self.channel.is_forking() {
+            if self.channel.is_changing() {
                 return Err(flip.stop(FlipError::Again));
             }
             let there = self.pagemap.pages(app).map_err(|e| flip.stop(FlipError::Os(e.0)))?;
@@ -257,7 +266,7 @@ impl Host {
 
     fn transfer_in(&self, mut flip: Flip<'_>, pages: &PageMask) -> Result<(), FlipStop> {
         let _unread = self.channel.hold_messages();
-        if self.channel.is_forking() {
+        if self.channel.is_changing() {
             return Err(flip.stop(FlipError::Again));
         }
         for (first, count) in pages.runs() {

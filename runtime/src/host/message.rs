@@ -14,8 +14,9 @@
 //! our mapping?" to the end of its ioctl: as long as the event is unread, the kernel refuses the ioctl. The gate is
 //! held for the read alone.
 //!
-//! A FORK message is answered by filling what is away into the child. Until that is done ([`Channel::forked`]) nothing
-//! may come back here, or it would be missing there: every flip and every fill says EAGAIN meanwhile.
+//! What the kernel does while an event is unread goes on here until it is handled: every flip says EAGAIN. Otherwise
+//! contents that madvise dropped could come home after the call returned, and what is away from a forked child could
+//! come home before it was filled in there.
 //!
 //! # Limits
 //! Events can arrive out of causal order; sorting them is the service loop's work.
@@ -81,15 +82,15 @@ pub struct Channel {
     uffd: OwnedFd,
     wake: OwnedFd,
     gate: RwLock<()>,
-    /// FORK messages that were read and whose children do not have their memory yet.
-    forks: AtomicU32,
+    /// Events that were read and are not handled yet.
+    unhandled: AtomicU32,
 }
 
 impl Channel {
     /// For `uffd`, which must not block.
     pub(super) fn new(uffd: OwnedFd) -> Result<Self> {
         let wake = sys::eventfd().map_err(|e| Error::os("eventfd", e))?;
-        Ok(Self { uffd, wake, gate: RwLock::new(()), forks: AtomicU32::new(0) })
+        Ok(Self { uffd, wake, gate: RwLock::new(()), unhandled: AtomicU32::new(0) })
     }
 
     /// The userfaultfd.
@@ -102,15 +103,14 @@ impl Channel {
         self.gate.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether a child waits for its memory: what is away must stay away, for it is missing in the child. Asked with
-    /// messages held.
-    pub(super) fn is_forking(&self) -> bool {
-        self.forks.load(Ordering::Acquire) > 0
+    /// Whether an event was read that is not handled yet. Asked with messages held.
+    pub(super) fn is_changing(&self) -> bool {
+        self.unhandled.load(Ordering::Acquire) > 0
     }
 
-    /// The child of one FORK message has its memory.
-    pub fn forked(&self) {
-        self.forks.fetch_sub(1, Ordering::AcqRel);
+    /// Held while one event is handled; says that it was when dropped.
+    pub(super) fn handling(&self) -> Handling<'_> {
+        Handling(self)
     }
 
     /// Waits for messages, for [`Channel::wake_reader`] or until `timeout` (`None`: for ever). A signal ends it early
@@ -148,8 +148,8 @@ impl Channel {
             let read = {
                 let _gate = self.gate.write().unwrap_or_else(PoisonError::into_inner);
                 let read = sys::read(&self.uffd, &mut buf);
-                let forks = read.as_ref().map_or(0, |len| forks_in(&buf[..*len]));
-                self.forks.fetch_add(forks, Ordering::AcqRel);
+                let events = read.as_ref().map_or(0, |len| events_in(&buf[..*len]));
+                self.unhandled.fetch_add(events, Ordering::AcqRel);
                 read
             };
             let len = match read {
@@ -167,10 +167,24 @@ impl Channel {
     }
 }
 
-/// How many of the messages are FORK.
-fn forks_in(bytes: &[u8]) -> u32 {
-    let is_fork = |m: &&[u8]| u32::from(m[0]) == uapi::UFFD_EVENT_FORK;
-    bytes.chunks_exact(MESSAGE).filter(is_fork).count() as u32
+/// See [`Channel::handling`].
+pub(super) struct Handling<'a>(&'a Channel);
+
+impl Drop for Handling<'_> {
+    fn drop(&mut self) {
+        self.0.unhandled.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// How many of the messages are events: those that [`decode`] knows, without faults.
+fn events_in(bytes: &[u8]) -> u32 {
+    let is_event = |m: &&[u8]| {
+        matches!(
+            u32::from(m[0]),
+            uapi::UFFD_EVENT_UNMAP | uapi::UFFD_EVENT_REMOVE | uapi::UFFD_EVENT_REMAP | uapi::UFFD_EVENT_FORK
+        )
+    };
+    bytes.chunks_exact(MESSAGE).filter(is_event).count() as u32
 }
 
 /// One message out of its bytes; `None` for kinds that were not asked for.

@@ -211,6 +211,8 @@ impl Service {
         loop {
             let next = self.unhandled().pop_front();
             let Some(message) = next else { break };
+            let _handling =
+                (!matches!(message, Message::Fault { .. })).then(|| self.host.channel().handling());
             any = true;
             let read_on = || drop(self.read_on(&mut Vec::new()));
             match message {
@@ -222,10 +224,7 @@ impl Service {
                         self.svm.moved(from, to, len, &read_on);
                     }
                 }
-                Message::Fork(child) => {
-                    (self.on_fork)(child);
-                    self.host.channel().forked();
-                }
+                Message::Fork(child) => (self.on_fork)(child),
             }
         }
         self.finished.fetch_add(1, Ordering::AcqRel);

@@ -161,6 +161,15 @@ static CURRENT: AtomicPtr<Inner> = AtomicPtr::new(std::ptr::null_mut());
 
 fn start(builder: Builder) -> Result<Runtime> {
     let Builder { config, host: options, devices } = builder;
+    if !alloc::reserve() {
+        return Err(alloc::external(|| Error::OutOfHostMemory {
+            what: "mapping usvm's own memory",
+            detail:
+                "it needs 16 MiB of address space twice, each no more than a sixteenth of RLIMIT_AS; raise \
+                     it with ulimit -v"
+                    .into(),
+        }));
+    }
     if !alloc::installed() {
         return Err(Error::NotSupported(
             "usvm's own memory must not be migratable; add to the program: #[global_allocator] static ALLOC: \
@@ -171,7 +180,6 @@ fn start(builder: Builder) -> Result<Runtime> {
     thread::on_start(|| {
         exempt::exempt_current_thread();
     });
-    alloc::reserve();
     alloc::spans().into_iter().filter(|s| !s.is_empty()).for_each(exempt::exempt);
     exempt::exempt_own_objects();
 

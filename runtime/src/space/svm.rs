@@ -591,8 +591,7 @@ impl Svm {
             return self.zero(page);
         }
         self.mover.unshare_copy(range, state);
-        self.hole(range.span());
-        if self.mover.host.is_registered(span) { self.zero(page) } else { Served::Done }
+        self.hole(range.span(), page)
     }
 
     /// A hole that no range holds, or one that waits to be collected. It goes back to the kernel, but only while no device
@@ -606,24 +605,27 @@ impl Svm {
             }
             Err(TryLockError::WouldBlock) => return Served::Retry(Wait::Lock),
         };
-        let Some(range) = self.space.find(page) else { return self.hole_outside(page) };
+        let alone = Span::sized(page, SZ_4K);
+        let Some(range) = self.space.find(page) else { return self.hole(alone, page) };
         match range.data.try_lock() {
-            Some(state) if range.is_gone() && !is_away(&range, &state, page) => self.hole_outside(page),
+            Some(state) if range.is_gone() && !is_away(&range, &state, page) => self.hole(alone, page),
             _ => Served::Retry(Wait::Lock),
         }
     }
 
-    fn hole(&self, span: Span) -> Served {
+    /// Gives `span`, all home, back to the kernel, for the fault at `page`. What mremap brought there and has not landed
+    /// needs its registration: then only the page is filled.
+    fn hole(&self, span: Span, page: u64) -> Served {
+        // Landings come before a range's state in the order of locks: only tried.
+        let Ok(landings) = self.landings.try_lock() else { return Served::Retry(Wait::Lock) };
+        if landings.iter().any(|l| l.to.overlaps(span)) {
+            drop(landings);
+            return if self.awaits_landing(page) { Served::Retry(Wait::Events) } else { self.zero(page) };
+        }
         self.mover.host.let_go(span);
         self.mover.host.wake(span);
-        Served::Done
-    }
-
-    /// A missing page that belongs to no range.
-    fn hole_outside(&self, page: u64) -> Served {
-        let span = Span::sized(page, SZ_4K);
-        self.hole(span);
-        if self.mover.host.is_registered(span) { self.zero(page) } else { Served::Done }
+        drop(landings);
+        if self.mover.host.is_registered(Span::sized(page, SZ_4K)) { self.zero(page) } else { Served::Done }
     }
 
     fn zero(&self, page: u64) -> Served {
@@ -769,8 +771,10 @@ impl Svm {
         self.landings.lock().unwrap_or_else(|p| p.into_inner())
     }
 
+    /// Also when that cannot be told now.
     fn awaits_landing(&self, page: u64) -> bool {
-        self.landings().iter().any(|l| l.to.contains(page) && l.pages.get(l.to.page_index(page)))
+        let Ok(landings) = self.landings.try_lock() else { return true };
+        landings.iter().any(|l| l.to.contains(page) && l.pages.get(l.to.page_index(page)))
     }
 
     /// Lands what mremap took elsewhere; `false` if some could not yet.

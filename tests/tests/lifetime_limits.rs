@@ -1,0 +1,143 @@
+//! Little room: for mappings, for address space, for locked memory.
+
+use usvm::{Error, Runtime};
+use usvm_tests::area::*;
+use usvm_tests::isolated::{isolated, skipped};
+
+#[global_allocator]
+static ALLOC: usvm::Routed<std::alloc::System> = usvm::Routed(std::alloc::System);
+
+/// Maps single pages with alternating rights until the kernel has no more; gives the last `spare` back.
+fn use_up_mappings(spare: usize) -> Option<(u64, u64)> {
+    let limit: u64 = std::fs::read_to_string("/proc/sys/vm/max_map_count").ok()?.trim().parse().ok()?;
+    if limit > 300_000 {
+        return None;
+    }
+    let len = (limit + 1000) * K4;
+    let at = map(None, len, libc::PROT_NONE).ok()?;
+    let mut cut = Vec::with_capacity(limit as usize);
+    for off in (0..len).step_by(2 * K4 as usize) {
+        // SAFETY: the test's own mapping.
+        if unsafe { libc::mprotect((at + off) as *mut _, K4 as usize, libc::PROT_READ) } != 0 {
+            break;
+        }
+        cut.push(at + off);
+    }
+    cut.iter().rev().take(spare.div_ceil(2)).for_each(|page| protect(*page, K4, libc::PROT_NONE));
+    Some((at, len))
+}
+
+/// Uses `count` ranges of 64 KiB with a range's distance between them, and checks them all.
+fn many_ranges(rt: &Runtime, area: &Area, copy: &mut Piece, count: u64, key: u8) -> u64 {
+    for i in 0..count {
+        let off = i * 2 * K64;
+        match device_xor(rt, area.at + off, K64, key) {
+            Ok(()) => xor(&mut copy.bytes[off as usize..(off + K64) as usize], key),
+            // Refused is allowed, lost is not.
+            Err(Error::OutOfHostMemory { detail, .. }) => {
+                assert!(detail.contains("max_map_count"), "{detail}")
+            }
+            Err(e) => panic!("range {i}: {e}"),
+        }
+    }
+    let away = rt.residence(area.at, area.len).unwrap().device;
+    same(&cpu_read(copy.at, copy.len()), &copy.bytes, "all ranges");
+    away
+}
+
+#[test]
+fn the_limit_of_mappings() {
+    isolated("the_limit_of_mappings", || {
+        let rt = runtime(64 << 20);
+        let count = 64;
+        let (area, mut copy) = Area::filled(count * 2 * K64, false, &mut Rng::new(1));
+        // Alternating rights keep chunks at 64 KiB.
+        (0..count).for_each(|i| protect(area.at + i * 2 * K64 + K64, K64, libc::PROT_READ));
+        many_ranges(&rt, &area, &mut copy, 2, 1);
+        let Some((at, len)) = use_up_mappings(12) else {
+            return skipped("vm.max_map_count is too large to reach");
+        };
+        let away = many_ranges(&rt, &area, &mut copy, count, 2);
+        many_ranges(&rt, &area, &mut copy, count, 3);
+        unmap(at, len);
+        // Room again: what was reached over the link may move from now on.
+        (0..count).for_each(|i| advise(area.at + i * 2 * K64, K64, libc::MADV_DONTNEED).unwrap());
+        (0..count).for_each(|i| {
+            let off = (i * 2 * K64) as usize;
+            copy.bytes[off..off + K64 as usize].fill(0);
+        });
+        let later = many_ranges(&rt, &area, &mut copy, count, 4);
+        assert!(later >= away && later > count / 2 * K64, "{later:#x} on the device, {away:#x} before");
+        rt.shutdown();
+        same(&cpu_read(copy.at, copy.len()), &copy.bytes, "after the end");
+    });
+}
+
+fn limit(resource: u32, bytes: u64) {
+    let limit = libc::rlimit { rlim_cur: bytes, rlim_max: bytes };
+    // SAFETY: a whole structure of this process's own limits.
+    assert_eq!(unsafe { libc::setrlimit(resource as _, &limit) }, 0, "{}", std::io::Error::last_os_error());
+}
+
+#[test]
+fn little_address_space() {
+    isolated("little_address_space", || {
+        let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+        let used = statm.split(' ').next().and_then(|n| n.parse::<u64>().ok()).unwrap() * K4;
+        limit(libc::RLIMIT_AS, used + (900 << 20));
+        let rt = match Runtime::start(config(16 << 20)) {
+            Ok(rt) => rt,
+            Err(e) => panic!("it starts with 900 MiB of address space: {e}"),
+        };
+        let (area, mut piece) = Area::filled(24 << 20, false, &mut Rng::new(2));
+        for _ in 0..3 {
+            piece.check(&rt, "with little address space");
+        }
+        assert!(rt.stats().bytes_to_device > 0, "{}", rt.stats());
+        drop(area);
+        rt.shutdown();
+    });
+}
+
+#[test]
+fn too_little_address_space_is_an_error() {
+    isolated("too_little_address_space_is_an_error", || {
+        let (area, mut piece) = Area::filled(M2, false, &mut Rng::new(3));
+        let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+        let used = statm.split(' ').next().and_then(|n| n.parse::<u64>().ok()).unwrap() * K4;
+        limit(libc::RLIMIT_AS, used + (3 << 20));
+        match Runtime::start(config(64 << 20)) {
+            Err(e) => assert!(!e.to_string().is_empty(), "{e}"),
+            Ok(rt) => piece.check(&rt, "with almost no address space"),
+        }
+        same(&cpu_read(piece.at, piece.len()), &piece.bytes, "data is as it was");
+        drop(area);
+    });
+}
+
+#[test]
+fn no_locked_memory() {
+    isolated("no_locked_memory", || {
+        limit(libc::RLIMIT_MEMLOCK, 0);
+        // Root is above the limit while it has CAP_IPC_LOCK (14).
+        #[repr(C)]
+        struct Header(u32, i32);
+        let mut header = Header(0x2008_0522, 0);
+        let mut sets = [[0u32; 3]; 2];
+        // SAFETY: version 3 of the structures: a header and two sets of three words.
+        unsafe {
+            assert_eq!(libc::syscall(libc::SYS_capget, &raw mut header, sets.as_mut_ptr()), 0);
+            sets[0].iter_mut().for_each(|set| *set &= !(1 << 14));
+            assert_eq!(libc::syscall(libc::SYS_capset, &raw mut header, sets.as_ptr()), 0);
+        }
+        let (area, mut piece) = Area::filled(4 * M2, true, &mut Rng::new(4));
+        // SAFETY: asks to lock the test's own memory, which is refused.
+        assert_ne!(unsafe { libc::mlock(area.at as *const _, K4 as usize) }, 0, "the limit holds");
+        let rt = runtime(64 << 20);
+        for _ in 0..3 {
+            piece.check(&rt, "without locked memory");
+        }
+        assert!(rt.stats().bytes_to_device > 0);
+        drop(area);
+    });
+}
