@@ -72,7 +72,8 @@ pub struct Config {
     pub faults: bool,
     /// Bytes of device memory that the CPU can reach (small BAR); `None` is all.
     pub visible: Option<u64>,
-    /// Milliseconds that a range stays on the device before it may leave again.
+    /// Milliseconds that a range stays on the device before the CPU may have it back; doubled when it ping-pongs, up to
+    /// 64 times as long. Zero: no time at all.
     pub timeslice_ms: u64,
     /// Whether ranges may be valid on both sides at once.
     pub share: bool,
@@ -363,10 +364,10 @@ pub static OPTIONS: &[OptionRow] = &[
     row!(chunk_sizes, None, Chunks, default "2M,64K,4K", "range sizes to use"),
     row!(retained, None, Size, or "auto", "most host memory kept for ranges that are on the device"),
     row!(workers, None, Count, default "0", "service threads, 0: chosen by the number of processors"),
-    row!(spin_us, None, Number, default "50", "how long a service thread spins before it sleeps"),
+    row!(spin_us, None, Number, default "200", "how long a service thread spins before it sleeps"),
     row!(faults, None, Bool, default "on", "whether the simulated device can fault and recover"),
     row!(visible, None, Size, or "all", "bytes of device memory that the CPU can reach"),
-    row!(timeslice_ms, None, Number, default "5", "how long a range stays on the device at least"),
+    row!(timeslice_ms, None, Number, default "0", "how long a range stays on the device at least, doubled when it ping-pongs"),
     row!(share, None, Bool, default "on", "whether both sides may hold a range at once"),
     row!(trace_events, None, Count, default "16384", "events that the trace's ring holds"),
     row!(copy, None, Copying, default "auto", "the instructions that copy"),

@@ -30,6 +30,7 @@
 //! # Limits
 //! One runtime at a time in a process: a mapping can be registered with one userfaultfd only.
 
+mod chaos;
 mod control;
 mod watchdog;
 
@@ -38,7 +39,7 @@ use std::sync::atomic::{AtomicPtr, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
-use crate::device::sim::{Gpu, Profile, SimConfig, SimDevice};
+use crate::device::sim::{self, Gpu, Profile, SimConfig, SimDevice};
 use crate::ground::addr::{SZ_4K, SZ_64K, Span};
 use crate::ground::config::Config;
 use crate::ground::error::{Errno, Error, Result};
@@ -50,15 +51,20 @@ use crate::host::{Host, Options, exempt};
 use crate::observe::observer::Observer;
 use crate::observe::stats::{Cause, StatsSnapshot};
 use crate::policy;
-use crate::space::mover::{Mover, Range};
+use crate::space::mover::{self, Mover, Range};
 use crate::space::ports::{Advice, Device, DeviceInfo, FaultSink, GpuAccess};
 use crate::space::residency::Residence;
 use crate::space::svm::{Svm, Want};
+use crate::space::timeslice::Rule;
 use crate::space::{Space, SpaceConfig};
+use crate::vram::copy::Copier;
 use control::Control;
 
 /// Whether pages up to this chunk size must be populated before a range is made of them (xe's choice).
 const CHECK_PAGES_THRESHOLD: u64 = SZ_64K;
+
+/// How many times its configured time a range that ping-pongs stays on the device at most.
+const LONGEST_STAY: u32 = 64;
 
 /// A place memory can be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -183,6 +189,13 @@ fn start(builder: Builder) -> Result<Runtime> {
     alloc::spans().into_iter().filter(|s| !s.is_empty()).for_each(exempt::exempt);
     exempt::exempt_own_objects();
 
+    if !config.enable {
+        return Err(Error::NotRunning("USVM_ENABLE is off"));
+    }
+    if config.verbose {
+        eprintln!("usvm {}\n{config}", env!("CARGO_PKG_VERSION"));
+    }
+    sim::choose_copies(Copier::named(&config.copy)?, config.copy_threads);
     let devices = if devices.is_empty() { vec![device_of(&config)?] } else { devices };
     let host = Arc::new(Host::open(&options)?);
     let devices = devices.into_iter().map(SimDevice::new).collect::<Result<Vec<_>>>()?;
@@ -193,7 +206,13 @@ fn start(builder: Builder) -> Result<Runtime> {
         ..SpaceConfig::default()
     })?;
     let ports: Vec<Arc<dyn Device>> = devices.iter().map(|d| d.clone() as Arc<dyn Device>).collect();
-    let mover = Mover::new(host.clone(), ports, policy::by_name(&config.policy)?, observer.clone());
+    let stay = Duration::from_millis(config.timeslice_ms);
+    let choices = mover::Options {
+        share: config.share,
+        stay: Rule { min: stay, cap: stay * LONGEST_STAY, ..Rule::default() },
+    };
+    let mover =
+        Mover::new(host.clone(), ports, policy::by_name(&config.policy)?, observer.clone()).with(choices);
     let svm = Arc::new(Svm::new(space, mover, CHECK_PAGES_THRESHOLD));
     let service = {
         let (filled, host_of_child) = (svm.clone(), host.clone());
@@ -322,6 +341,10 @@ impl Inner {
         }
         let weak = Arc::downgrade(self);
         thread::spawn("watch", move || watchdog::run(&weak)).map_err(failed)?;
+        if let Some(chaos) = self.config.chaos {
+            let weak = Arc::downgrade(self);
+            thread::spawn("chaos", move || chaos::run(&weak, chaos)).map_err(failed)?;
+        }
         Ok(())
     }
 

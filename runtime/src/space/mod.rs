@@ -210,6 +210,26 @@ impl<R> Space<R> {
         found
     }
 
+    /// The range number `n` in ascending order. Takes time that grows with `n`: for tests and tools.
+    pub fn nth(&self, n: usize) -> Option<Arc<Range<R>>> {
+        let windows = self.windows();
+        let mut left = n;
+        for (start, window) in windows.iter() {
+            let span = window.notifier.span();
+            let found = window.tree.visit(&self.levels, *start, span, &mut |range| match left {
+                0 => ControlFlow::Break(range.clone()),
+                _ => {
+                    left -= 1;
+                    ControlFlow::Continue(())
+                }
+            });
+            if let ControlFlow::Break(range) = found {
+                return Some(range);
+            }
+        }
+        None
+    }
+
     /// Calls `f` with each of [`Space::ranges_in`] (drm_gpusvm_for_each_range). `f` runs with no lock held, so a range
     /// may have been removed meanwhile; [`Range::is_gone`] tells.
     pub fn for_each_range(&self, span: Span, f: impl FnMut(&Arc<Range<R>>)) {

@@ -26,6 +26,7 @@ use crate::space::notifier::RangeFlags;
 use crate::space::ports::{Backing, Bo, Device, FlipError, GpuAccess, HostMemory, Placement, Policy, Shadow};
 use crate::space::range::Range as SpaceRange;
 use crate::space::residency::{Moved, Residency, State, bytes};
+use crate::space::timeslice::Rule;
 
 /// A range with its residency.
 pub type Range = SpaceRange<Residency>;
@@ -47,6 +48,24 @@ pub struct Mover {
     pub(crate) observer: Arc<Observer>,
     retained: AtomicU64,
     released: Released,
+    options: Options,
+    epoch: Instant,
+}
+
+/// What of moving can be chosen.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// Whether a range may be valid on both sides at once.
+    pub share: bool,
+    /// How long ranges stay on the device.
+    pub stay: Rule,
+}
+
+impl Default for Options {
+    /// Sharing where the policy asks for it, no least time on the device.
+    fn default() -> Self {
+        Self { share: true, stay: Rule { min: Duration::ZERO, cap: Duration::ZERO, ..Rule::default() } }
+    }
 }
 
 /// Tells waiters that pins or device memory were given up.
@@ -92,7 +111,21 @@ impl Mover {
             observer,
             retained: AtomicU64::new(0),
             released: Released::default(),
+            options: Options::default(),
+            epoch: Instant::now(),
         }
+    }
+
+    /// With these choices.
+    #[must_use]
+    pub fn with(mut self, options: Options) -> Self {
+        self.options = options;
+        self
+    }
+
+    /// How long the range must still stay on the device.
+    pub fn must_stay(&self, m: &Moved) -> Duration {
+        m.slice.remaining(self.epoch.elapsed())
     }
 
     /// Takes `policy` from now on.
@@ -240,6 +273,7 @@ impl Mover {
         m.history.returns_this_visit = 0;
         m.history.device_wrote = false;
         m.arrived = Some(now);
+        m.slice.arrive(&self.options.stay, self.epoch.elapsed());
         self.observer.migrated(Direction::ToDevice, cause, span, copied, saved, device, started);
         Ok(())
     }
@@ -294,6 +328,7 @@ impl Mover {
     fn note_return(&self, m: &mut Moved, pages: &PageMask) {
         let now = Instant::now();
         m.returned = Some(now);
+        m.slice.leave(self.epoch.elapsed());
         let history = &mut m.history;
         history.to_host += 1;
         if history.to_device > 1 && history.returns_this_visit == 0 {
@@ -751,7 +786,10 @@ impl Mover {
         if !migratable || !self.fits(facts.device, facts.span) {
             return Placement::Remote;
         }
-        self.policy().gpu_access(facts)
+        match self.policy().gpu_access(facts) {
+            Placement::Share if !self.options.share => Placement::Migrate,
+            other => other,
+        }
     }
 }
 

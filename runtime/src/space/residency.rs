@@ -42,6 +42,7 @@ use std::time::Instant;
 
 use crate::ground::addr::{PageMask, SZ_4K, Span};
 use crate::space::ports::{Advice, Bo, History, Shadow};
+use crate::space::timeslice::Timeslice;
 
 /// A range's payload: its residency and its pins.
 #[derive(Debug, Default)]
@@ -125,6 +126,8 @@ pub struct Moved {
     pub shared: bool,
     /// What policies decide by.
     pub history: History,
+    /// How long it is to stay there.
+    pub slice: Timeslice,
     /// When it last arrived on the device.
     pub arrived: Option<Instant>,
     /// When it last came back.

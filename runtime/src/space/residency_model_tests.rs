@@ -277,7 +277,7 @@ impl World {
                 done => return done,
             }
             match self.svm.cpu_fault(addr + 8, attempt % 2 == 0) {
-                Served::Done | Served::Retry(Wait::Lock) => {}
+                Served::Done | Served::Retry(Wait::Lock | Wait::Slice(_)) => {}
                 Served::Retry(Wait::Pins) => self.release_all(),
                 Served::Retry(Wait::Events) if attempt > 2 => self.deliver(),
                 Served::Retry(Wait::Events) => self.host.set_unread(false),

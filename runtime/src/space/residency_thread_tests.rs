@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::mover::Mover;
 use super::ports::{Device, GpuAccess, Policy};
 use super::residency_fake::{AnyPolicy, Dice, Engine, FakeDevice, FakeHost, Touch};
-use super::svm::{Served, Svm, Wait, Want};
+use super::svm::{Served, Svm, Want};
 use super::{Space, SpaceConfig};
 use crate::ground::addr::{SZ_4K, SZ_64K, Span};
 use crate::observe::observer::Observer;
@@ -76,9 +76,7 @@ impl Party {
                 Touch::Sigbus => panic!("{addr:#x} is poisoned"),
                 Touch::Waits => match self.svm.cpu_fault(addr, attempt % 2 == 0) {
                     Served::Done => {}
-                    Served::Retry(Wait::Pins | Wait::Events | Wait::Lock) => {
-                        self.still_waiting("a CPU access", addr)
-                    }
+                    Served::Retry(_) => self.still_waiting("a CPU access", addr),
                 },
             }
         }

@@ -101,6 +101,8 @@ pub enum Wait {
     Pins,
     /// The range is in another thread's hands.
     Lock,
+    /// The range's time on the device to pass.
+    Slice(Duration),
 }
 
 /// A part of a range that mremap took elsewhere and that has not landed yet.
@@ -526,6 +528,10 @@ impl Svm {
         }
         if range.data.is_pinned() {
             return Served::Retry(Wait::Pins);
+        }
+        let stay = state.moved.as_ref().map(|m| self.mover.must_stay(m)).unwrap_or_default();
+        if !stay.is_zero() {
+            return Served::Retry(Wait::Slice(stay));
         }
         let pages = self.returning(&range, &state, page);
         match self.mover.to_host(&range, &mut state, &pages, Cause::CpuFault) {

@@ -58,9 +58,16 @@ use crate::ground::error::{Error, Result};
 use crate::ground::sync::Fence;
 use crate::space::ports::{Backing, Bo, Device, DeviceInfo, FaultSink, GpuAccess, Shadow};
 use crate::vram::buddy::{Buddy, Choose};
+use crate::vram::copy::Copier;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Chooses for this process how bytes are copied between host and simulated devices, and by how many helper threads
+/// (`None`: what suits the machine). Before the first device; the first choice stays.
+pub fn choose_copies(copier: Copier, helpers: Option<usize>) {
+    vram::choose_copies(copier, helpers);
+}
 
 /// What device to simulate.
 #[derive(Debug, Clone, PartialEq)]

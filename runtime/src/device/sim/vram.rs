@@ -32,16 +32,36 @@ use std::ptr::{self, NonNull};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64};
 
-/// The way this machine copies best, found once.
-fn copier() -> Copier {
-    static COPIER: OnceLock<Copier> = OnceLock::new();
-    *COPIER.get_or_init(Copier::detect)
+/// How host and device exchange bytes: one way for the whole process, chosen before the first copy.
+struct Copying {
+    copier: Copier,
+    /// `None` where no thread could be had, or none was wanted.
+    helpers: Option<CopyPool>,
 }
 
-/// The helpers of large copies; `None` where no thread could be had.
+static COPYING: OnceLock<Copying> = OnceLock::new();
+
+/// Chooses how bytes are copied and by how many helpers; `None` is what suits the machine. The first choice stays.
+pub(super) fn choose_copies(copier: Copier, helpers: Option<usize>) {
+    COPYING.get_or_init(|| {
+        let wanted = helpers.unwrap_or_else(CopyPool::default_helpers);
+        let helpers = (wanted > 0).then(|| CopyPool::new(wanted, CopyPool::SPIN).ok()).flatten();
+        Copying { copier, helpers }
+    });
+}
+
+fn copying() -> &'static Copying {
+    choose_copies(Copier::detect(), None);
+    // Chosen one line above, if not before.
+    COPYING.get().unwrap_or_else(|| unreachable!())
+}
+
+fn copier() -> Copier {
+    copying().copier
+}
+
 fn helpers() -> Option<&'static CopyPool> {
-    static HELPERS: OnceLock<Option<CopyPool>> = OnceLock::new();
-    HELPERS.get_or_init(|| CopyPool::new(CopyPool::default_helpers(), CopyPool::SPIN).ok()).as_ref()
+    copying().helpers.as_ref()
 }
 
 /// Copies between device memory and anything else.

@@ -340,6 +340,12 @@ fn an_unread_event_says_again() {
     assert_eq!(host.stats().again.load(Ordering::Relaxed), 1);
     let mut messages = Vec::new();
     assert_eq!(host.read_batch(&mut messages).unwrap(), 1);
+    assert_eq!(
+        host.flip_out(area.span, &shadow, &all(area.span)).unwrap_err().why,
+        FlipError::Again,
+        "read, not handled"
+    );
+    handled(&host, &messages);
     assert!(matches!(messages[0], Message::Remove(span) if span == dropped), "{messages:?}");
     dropper.join().unwrap();
     let kept = mask(&[(0, 12), (14, 2)]);

@@ -173,6 +173,7 @@ fn events_are_told_and_booked() {
     while messages.len() < 4 && host.poll(Some(Duration::from_secs(10))).unwrap().messages {
         host.read_batch(&mut messages).unwrap();
     }
+    handled(&host, &messages);
     busy.join().unwrap();
     let mut seen = (false, 0, false);
     for message in messages {
@@ -216,6 +217,7 @@ fn fork_is_told_where_it_may_be() {
     assert!(host.poll(Some(Duration::from_secs(10))).unwrap().messages);
     let mut messages = Vec::new();
     host.read_batch(&mut messages).unwrap();
+    handled(&host, &messages);
     assert!(matches!(messages[..], [Message::Fork(_)]), "{messages:?}");
     drop(forker.join().unwrap());
 }

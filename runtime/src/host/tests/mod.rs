@@ -164,6 +164,7 @@ impl Reader {
             while !stopped.load(Ordering::Relaxed) {
                 mine.poll(Some(Duration::from_millis(200))).unwrap();
                 mine.read_batch(&mut messages).unwrap();
+                handled(&mine, &messages);
                 messages.drain(..).for_each(|m| serve(&mine, m));
             }
         });
@@ -227,5 +228,12 @@ impl Drop for Child {
             libc::kill(self.pid, libc::SIGKILL);
             libc::waitpid(self.pid, std::ptr::null_mut(), 0);
         }
+    }
+}
+
+/// Says that the events among `messages` are handled, which the service does after each.
+fn handled(host: &Host, messages: &[Message]) {
+    for _ in messages.iter().filter(|m| !matches!(m, Message::Fault { .. })) {
+        drop(host.channel().handling());
     }
 }
