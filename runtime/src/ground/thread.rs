@@ -16,7 +16,10 @@ use crate::ground::alloc;
 use crate::ground::inject::{self, Call};
 
 static ON_START: OnceLock<fn()> = OnceLock::new();
-static LIVING: Mutex<Vec<(Pid, String)>> = Mutex::new(Vec::new());
+/// Kernel ids and names.
+type List = Vec<(Pid, String)>;
+
+static LIVING: Mutex<List> = Mutex::new(Vec::new());
 
 /// Registers what every new service thread runs first. The first registration counts.
 pub fn on_start(f: fn()) {
@@ -50,7 +53,7 @@ pub fn living() -> Vec<(Pid, String)> {
 
 thread_local! {
     /// The list, while this thread forks.
-    static HELD: std::cell::RefCell<Option<MutexGuard<'static, Vec<(Pid, String)>>>> =
+    static HELD: std::cell::RefCell<Option<MutexGuard<'static, List>>> =
         const { std::cell::RefCell::new(None) };
 }
 
@@ -69,7 +72,7 @@ pub(crate) fn forget_all() {
     HELD.take().unwrap_or_else(list).clear();
 }
 
-fn list() -> MutexGuard<'static, Vec<(Pid, String)>> {
+fn list() -> MutexGuard<'static, List> {
     LIVING.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
