@@ -14,7 +14,7 @@ use usvm_tests::support::*;
 static ALLOC: usvm::Routed<std::alloc::System> = usvm::Routed(std::alloc::System);
 
 /// How calls fail: how many first go well, one in how many fails, how many fail in all (0: for ever).
-const PLANS: [[u16; 3]; 3] = [[0, 1, 1], [7, 1, 2], [3, 5, 40]];
+const PLANS: [[u16; 3]; 3] = [[0, 1, 1], [3, 5, 40], [2, 1, 30]];
 
 /// Plays the scenario on a runtime that has started, while `call` fails.
 fn while_running(call: Call, errno: i32, [skip, every, count]: [u16; 3], options: Options) -> u64 {
@@ -153,5 +153,13 @@ fn starting() {
                 }
             }
         }
+    }
+}
+
+/// From some moment on no page moves any more: what is away comes home by copies, what is home is used over the link.
+#[test]
+fn pages_never_move_again() {
+    for errno in [libc::EBUSY, libc::EINVAL] {
+        assert!(while_running(Call::Move, errno, [60, 1, 0], usual()) > 0);
     }
 }

@@ -148,11 +148,15 @@ fn kill_a_fault_thread(name: &str, by_panic: bool) {
     let mem = Mem::filled(3 * M2, 1);
     to_device(&runtime, &mem, 2);
     let deadly = std::sync::Arc::new(Deadly(AtomicBool::new(true), by_panic));
-    runtime.on_service_thread(move |svm| svm.mover.set_policy(deadly)).unwrap();
+    let policy = deadly.clone();
+    runtime.on_service_thread(move |svm| svm.mover.set_policy(policy)).unwrap();
     let held = std::thread::scope(|scope| {
         let (mem, at) = (&mem, mem.at);
         // This load is the one the thread dies over; the others come while nobody may be left to serve.
         let first = scope.spawn(move || peek(at));
+        while deadly.0.load(SeqCst) {
+            std::thread::yield_now();
+        }
         let others: Vec<_> =
             (1..3).map(|n| scope.spawn(move || mem.check_words(n * M2, M2, |i| value(2, i)))).collect();
         others.into_iter().for_each(|t| t.join().unwrap());
