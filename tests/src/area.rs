@@ -48,7 +48,7 @@ impl Rng {
     }
 
     /// The next number.
-    pub fn next(&mut self) -> u64 {
+    pub fn word(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
@@ -57,14 +57,14 @@ impl Rng {
 
     /// Below `n`.
     pub fn below(&mut self, n: u64) -> u64 {
-        (self.next() >> 8) % n
+        (self.word() >> 8) % n
     }
 
     /// `len` bytes, every word different.
     pub fn bytes(&mut self, len: u64) -> Vec<u8> {
         let mut out = Vec::with_capacity(len as usize + 8);
         while out.len() < len as usize {
-            out.extend_from_slice(&self.next().to_le_bytes());
+            out.extend_from_slice(&self.word().to_le_bytes());
         }
         out.truncate(len as usize);
         out

@@ -159,10 +159,7 @@ fn shutdown_with_a_busy_device_keeps_data() {
         assert!(started.elapsed() < Duration::from_secs(11), "{:?}", started.elapsed());
         same(&cpu_read(at, len), &piece.bytes, "after the shutdown");
         drop(rt);
-        assert!(
-            matches!(work.wait(Some(Duration::from_secs(10))), Err(_)),
-            "endless work ends with an error"
-        );
+        assert!(work.wait(Some(Duration::from_secs(10))).is_err(), "endless work ends with an error");
     });
 }
 

@@ -82,6 +82,8 @@ fn limit(resource: u32, bytes: u64) {
 #[test]
 fn little_address_space() {
     isolated("little_address_space", || {
+        // SAFETY: a parameter of malloc: its usual way, which needs the least address space.
+        unsafe { libc::mallopt(libc::M_MMAP_MAX, 65536) };
         let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
         let used = statm.split(' ').next().and_then(|n| n.parse::<u64>().ok()).unwrap() * K4;
         limit(libc::RLIMIT_AS, used + (900 << 20));

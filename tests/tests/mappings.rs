@@ -94,6 +94,8 @@ fn prepare(rt: &Runtime, len: u64, huge: bool, part: (u64, u64), when: When, see
     let what = format!("{len:#x} huge {huge} part {part:x?} {when:?}");
     if when != When::Before {
         piece.change(rt, &what);
+        // A page that was busy for a moment makes a range stay where it is; asked again, it goes.
+        rt.prefetch(area.at, len, usvm::Location::Device(0)).wait(None).unwrap();
         let device = rt.residence(area.at, len).unwrap().device;
         assert_eq!(device, len, "{what}: all of it is on the device");
     }

@@ -88,7 +88,7 @@ impl Owner {
             }
             7..=9 => {
                 self.land();
-                let key = self.rng.next() as u8;
+                let key = self.rng.word() as u8;
                 self.flying = Some((device_xor_later(&self.rt, at, len, key), off, len, key));
             }
             10 => {
