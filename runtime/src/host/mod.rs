@@ -370,6 +370,11 @@ impl HostMemory for Host {
 
     fn let_go(&self, span: Span) {
         self.unregister(span);
+        // What mremap brought there is in the books only when its event was handled.
+        let _unread = self.channel.hold_messages();
+        if self.channel.is_changing() || self.channel.has_messages() {
+            return;
+        }
         let Ok(Some(mapping)) = self.maps.find(span.start) else { return };
         let mut books = self.books_mut();
         let strange = books.missing(mapping.span).into_iter().find(|part| part.contains(span.start));

@@ -753,7 +753,7 @@ impl Svm {
     /// What was to land in `span` is nobody's any more.
     fn abandon_landings(&self, span: Span, read_on: &dyn Fn()) {
         for landing in self.landings().iter_mut().filter(|landing| landing.to.overlaps(span)) {
-            let gone = PageMask::of(landing.to, span);
+            let gone = landing.pages.and(&PageMask::of(landing.to, span));
             self.mover.abandon(&landing.range, &mut lock_meanwhile(&landing.range, read_on), &gone);
             landing.pages = landing.pages.minus(&gone);
         }
