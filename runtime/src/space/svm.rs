@@ -246,9 +246,15 @@ impl Svm {
             };
             match error {
                 Error::Again { .. } => back_off(attempt),
-                // Another page of the range went away, and the event was not handled yet.
+                // Another page of the range went away. Its event was not handled yet; or there was none, because
+                // memory that is at home need not be registered: then the range must be cut anew.
                 Error::Gone { .. } if gone < GONE_TRIES && self.granted(want.access, addr).is_ok() => {
                     gone += 1;
+                    if let Some(range) = self.space.find(addr)
+                        && !self.in_one_mapping(range.span())
+                    {
+                        self.recut(range.span());
+                    }
                     back_off(attempt);
                 }
                 Error::Mixed { span } => self.bring_home(span, Cause::GpuAccess)?,
