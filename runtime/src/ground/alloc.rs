@@ -23,8 +23,8 @@
 //! the mailbox mutex: whoever serves that stack must never wait for it.
 //!
 //! # Limits
-//! An area is one reservation of address space (64 GiB down to 16 MiB, whatever RLIMIT_AS lets be mapped); untouched
-//! parts cost nothing. When an area is full, usvm's allocations fail as any allocation does.
+//! An area is one reservation of address space (64 GiB down to 4 MiB, whatever RLIMIT_AS lets be mapped), opened step by
+//! step: neither untouched parts nor mlockall cost memory. When an area is full, usvm's allocations fail as any allocation does.
 //!
 //! # Safety
 //! [`GlobalAlloc`]: a block goes back to the area whose addresses hold it, whichever thread frees it, so no block is
@@ -205,6 +205,10 @@ struct FreeBlock {
 struct Area {
     base: AtomicUsize,
     end: AtomicUsize,
+    /// Where what the heap may use ends.
+    opened: AtomicUsize,
+    /// Where the heap itself says that it ends; 0 before it has anything.
+    heap_end: AtomicUsize,
     heap: UnsafeCell<Mutex<Heap>>,
     returned: AtomicPtr<FreeBlock>,
     /// Begins and ends of the areas of the processes this one was forked from.
@@ -222,6 +226,8 @@ impl Area {
         Self {
             base: AtomicUsize::new(0),
             end: AtomicUsize::new(0),
+            opened: AtomicUsize::new(0),
+            heap_end: AtomicUsize::new(0),
             heap: UnsafeCell::new(Mutex::new(Talc::new(Manual))),
             returned: AtomicPtr::new(ptr::null_mut()),
             retired: [const { (AtomicUsize::new(0), AtomicUsize::new(0)) }; GENERATIONS],
@@ -239,6 +245,7 @@ impl Area {
         slot.0.store(base, Ordering::Relaxed);
         self.returned.store(ptr::null_mut(), Ordering::Relaxed);
         self.base.store(0, Ordering::Relaxed);
+        self.heap_end.store(0, Ordering::Relaxed);
         let fresh: Mutex<Heap> = Mutex::new(Talc::new(Manual));
         // SAFETY: the child has one thread, which runs this: nobody holds or waits for the lock. The old heap points
         // into the retired area only, which stays mapped.
@@ -283,8 +290,17 @@ impl Area {
             return ptr::null_mut();
         }
         self.drain(&mut heap);
-        // SAFETY: `padded` never has size zero.
-        unsafe { heap.allocate(Self::padded(layout)) }.map_or(ptr::null_mut(), NonNull::as_ptr)
+        let layout = Self::padded(layout);
+        loop {
+            // SAFETY: `padded` never has size zero.
+            if let Some(block) = unsafe { heap.allocate(layout) } {
+                return block.as_ptr();
+            }
+            // Room for the block, its alignment and the heap's own tags.
+            if !self.grow(&mut heap, layout.size().saturating_add(layout.align()).saturating_add(4096)) {
+                return ptr::null_mut();
+            }
+        }
     }
 
     /// # Safety
@@ -325,29 +341,26 @@ impl Area {
         }
     }
 
-    /// Maps the area: as much address space as can be had, from 64 GiB down.
+    /// Reserves the area: as much address space as can be had, from 64 GiB down, of which nothing can be used yet.
     fn reserve(&self, heap: &mut Heap) -> bool {
         let mut size = 64usize << 30;
-        while size >= 16 << 20 {
+        while size >= STEP {
             // SAFETY: a new private anonymous mapping at an address of the kernel's choice touches nothing else.
             let at = unsafe {
                 libc::mmap(
                     ptr::null_mut(),
                     size,
-                    libc::PROT_READ | libc::PROT_WRITE,
+                    libc::PROT_NONE,
                     libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
                     -1,
                     0,
                 )
             };
             if at != libc::MAP_FAILED && !eats_the_limit(size) {
-                // SAFETY: the mapping is fresh, of `size` bytes, and nothing else uses it.
-                if unsafe { heap.claim(at.cast(), size) }.is_none() {
-                    return false;
-                }
+                self.opened.store(at as usize, Ordering::Relaxed);
                 self.end.store(at as usize + size, Ordering::Release);
                 self.base.store(at as usize, Ordering::Release);
-                return true;
+                return self.grow(heap, STEP);
             }
             if at != libc::MAP_FAILED {
                 // SAFETY: the mapping was made above and nothing points into it.
@@ -357,7 +370,39 @@ impl Area {
         }
         false
     }
+
+    /// Opens at least `bytes` more of the area for the heap. `false` when the area is full or memory is short.
+    fn grow(&self, heap: &mut Heap, bytes: usize) -> bool {
+        let base = self.base.load(Ordering::Relaxed);
+        let opened = self.opened.load(Ordering::Relaxed);
+        // As much again as there is, so that growing costs little in all.
+        let wanted = bytes.max(opened - base).next_multiple_of(STEP);
+        let more = wanted.min(self.end.load(Ordering::Relaxed) - opened);
+        let at = ptr::with_exposed_provenance_mut::<u8>(opened);
+        // SAFETY: `more` bytes of the area's own reservation, beyond what the heap has.
+        if more < bytes || unsafe { libc::mprotect(at.cast(), more, libc::PROT_READ | libc::PROT_WRITE) } != 0 {
+            return false;
+        }
+        // Huge pages make look-ups in large tables a third cheaper; without them it only gets slower.
+        // SAFETY: as above; the advice changes no contents.
+        unsafe { libc::madvise(at.cast(), more, libc::MADV_HUGEPAGE) };
+        let old_end = NonNull::new(ptr::with_exposed_provenance_mut(self.heap_end.load(Ordering::Relaxed)));
+        // SAFETY: the bytes are accessible now, follow what the heap has, and nothing else uses them.
+        let new_end = unsafe {
+            match old_end {
+                Some(old_end) => Some(heap.extend(old_end, at.add(more))),
+                None => heap.claim(at, more),
+            }
+        };
+        let Some(new_end) = new_end else { return false };
+        self.heap_end.store(new_end.as_ptr().expose_provenance(), Ordering::Relaxed);
+        self.opened.store(opened + more, Ordering::Relaxed);
+        true
+    }
 }
+
+/// Least growth of an area, and the least that is of use.
+const STEP: usize = 4 << 20;
 
 /// Whether `size` is more of RLIMIT_AS than usvm should take from the program.
 fn eats_the_limit(size: usize) -> bool {
