@@ -353,11 +353,8 @@ impl HostMemory for Host {
 
     fn unregister(&self, span: Span) {
         let mut books = self.books_mut();
-        let mut parts = books.within(span);
-        if parts.is_empty() {
-            // MREMAP_DONTUNMAP leaves the old place registered, which no event says.
-            parts.push(span);
-        }
+        // Only what is in the books: what mremap just brought here is not, and its contents may still be on their way.
+        let parts = books.within(span);
         for part in parts {
             match sys::uffd_unregister(self.channel.uffd(), part) {
                 Ok(()) => books.take(part),
