@@ -105,7 +105,7 @@ impl Case for Copy2m {
         if self.threaded && available_parallelism().map_or(1, usize::from) < 2 {
             return Ok(Setup::Skip("one processor has no helper".into()));
         }
-        let new_pool = || CopyPool::new(CopyPool::default_helpers(), CopyPool::SPIN);
+        let new_pool = || CopyPool::new(CopyPool::default_helpers().max(1), CopyPool::SPIN);
         let pool = self.threaded.then(new_pool).transpose()?;
         let (huge, memfd) = (Slots::new(Pages::Huge)?, Slots::new(Pages::Memfd)?);
         let (from, to) = if self.way == Way::Out { (huge, memfd) } else { (memfd, huge) };
