@@ -267,10 +267,10 @@ impl CopyPool {
         Ok(pool)
     }
 
-    /// How many helpers pay on this machine: every further processor, at most three. More do not: a few cores already
-    /// fill the path to memory.
+    /// How many helpers to have on this machine: one for every four processors, at most three. Where there are fewer, the
+    /// helper's spinning costs the program more than its help gains; a few cores already fill the path to memory.
     pub fn default_helpers() -> usize {
-        std::thread::available_parallelism().map_or(0, |n| (n.get() - 1).min(3))
+        std::thread::available_parallelism().map_or(0, |n| (n.get() / 4).min(3))
     }
 
     /// Number of helper threads.
