@@ -50,6 +50,9 @@ use crate::space::svm::{Served, Svm, Wait};
 /// Faults for which company is expected after some was seen.
 const COMPANY: u32 = 64;
 
+/// A yield that takes longer says that others want the processor.
+const CROWDED: Duration = Duration::from_micros(10);
+
 /// One fault that waits.
 #[derive(Debug, Clone, Copy)]
 struct Fault {
@@ -254,7 +257,13 @@ impl Service {
             if self.stop.load(Ordering::Acquire) || wake_at.is_some_and(|at| Instant::now() >= at) {
                 return Ok(());
             }
+            let asked = Instant::now();
             std::thread::yield_now();
+            if asked.elapsed() > CROWDED {
+                // Somebody else wants the processor, perhaps the very thread that will fault next.
+                reader.spin.in_vain();
+                break;
+            }
         }
         if reader.spin.now > Duration::ZERO && began < look_until {
             reader.spin.in_vain();

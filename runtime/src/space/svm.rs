@@ -540,8 +540,10 @@ impl Svm {
             return Served::Retry(Wait::Slice(stay));
         }
         let pages = self.returning(&range, &state, page);
+        let lands = state.moved.as_ref().is_some_and(|m| m.retained.get(index_of(&range, page)));
         match self.mover.to_host(&range, &mut state, &pages, Cause::CpuFault) {
-            // The page itself may have been all zero and never had memory: then it is a hole now.
+            Ok(()) if lands => Served::Done,
+            // The page may have been all zero and never had memory: then it is a hole now.
             Ok(()) => self.zero(page),
             Err(
                 Error::Again { .. } | Error::OutOfHostMemory { .. } | Error::Busy { .. } | Error::Gone { .. },
@@ -1015,9 +1017,13 @@ fn shift_landings(landings: &mut Vec<Landing>, old: Span, shift: u64) {
     landings.append(&mut shifted);
 }
 
+fn index_of(range: &Range, page: u64) -> usize {
+    range.span().page_index(page)
+}
+
 /// Whether the CPU cannot have `page` before it comes back.
 fn is_away(range: &Range, state: &State, page: u64) -> bool {
-    let index = range.span().page_index(page);
+    let index = index_of(range, page);
     state.moved.as_ref().is_some_and(|m| m.vram.get(index) || m.strayed.get(index))
 }
 
