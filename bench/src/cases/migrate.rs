@@ -17,8 +17,14 @@ use usvm::{Builder, Config, GpuAccess, Runtime};
 
 /// A usvm to measure: everything warm, whole ranges come back.
 pub fn runtime(policy: &str, vram: u64) -> Result<Runtime> {
+    runtime_with(policy, vram, "2M,64K,4K")
+}
+
+/// As [`runtime`], with these range sizes.
+fn runtime_with(policy: &str, vram: u64, chunks: &str) -> Result<Runtime> {
     let mut config = Config::from_env()?;
     config.set("policy", policy)?;
+    config.set("chunk_sizes", chunks)?;
     let device = SimConfig { prefault: true, ..SimConfig::of(Profile::GENERIC, vram) };
     Ok(Builder::new(config).device(device).start()?)
 }
@@ -193,28 +199,73 @@ impl Case for Fault4k {
 
 /// Threads touch ranges on the device at the same time.
 struct Storm {
-    threads: usize,
+    kind: &'static StormKind,
     made: Option<(Runtime, Slots)>,
 }
 
-/// The storm that storms are measured against.
-const ONE_THREAD: &str = "fault_storm_one_thread";
+/// One storm.
+struct StormKind {
+    name: &'static str,
+    about: &'static str,
+    baseline: Option<&'static str>,
+    threads: usize,
+    /// Bytes of a range.
+    size: usize,
+    chunks: &'static str,
+}
+
 /// Ranges in a storm.
 const STORM: usize = 512;
+const SZ_64K: usize = 64 << 10;
+
+static STORMS: [StormKind; 4] = [
+    StormKind {
+        name: "fault_storm_one_thread",
+        about: "time per fault when a thread touches a page of each of 512 ranges of 64 KiB on the device",
+        baseline: None,
+        threads: 1,
+        size: SZ_64K,
+        chunks: "64K,4K",
+    },
+    StormKind {
+        name: "fault_storm",
+        about: "the same when 2 threads share the ranges",
+        baseline: Some("fault_storm_one_thread"),
+        threads: 2,
+        size: SZ_64K,
+        chunks: "64K,4K",
+    },
+    StormKind {
+        name: "fault_storm_2m_one_thread",
+        about: "the same with 512 ranges of 2 MiB, which come from main memory",
+        baseline: None,
+        threads: 1,
+        size: SLOT,
+        chunks: "2M,64K,4K",
+    },
+    StormKind {
+        name: "fault_storm_2m",
+        about: "the same when 2 threads share the ranges of 2 MiB",
+        baseline: Some("fault_storm_2m_one_thread"),
+        threads: 2,
+        size: SLOT,
+        chunks: "2M,64K,4K",
+    },
+];
 
 impl Storm {
     fn run(&mut self, threads: usize) -> Result<f64> {
         let (runtime, slots) = self.made.as_mut().ok_or("sampled before setup")?;
-        let base = slots.base() as usize;
-        for slot in 0..STORM {
-            to_device(runtime, (base + slot * SLOT) as u64, GpuAccess::Write)?;
+        let (base, size) = (slots.base() as usize, self.kind.size);
+        for range in 0..STORM {
+            to_device(runtime, (base + range * size) as u64, GpuAccess::Write)?;
         }
         let took = time(|| {
             std::thread::scope(|scope| {
                 for thread in 0..threads {
                     scope.spawn(move || {
-                        for slot in (thread..STORM).step_by(threads) {
-                            touch((base + slot * SLOT) as *const u8);
+                        for range in (thread..STORM).step_by(threads) {
+                            touch((base + range * size) as *const u8);
                         }
                     });
                 }
@@ -226,19 +277,15 @@ impl Storm {
 
 impl Case for Storm {
     fn name(&self) -> &'static str {
-        if self.threads == 1 { ONE_THREAD } else { "fault_storm" }
+        self.kind.name
     }
 
     fn about(&self) -> &'static str {
-        if self.threads == 1 {
-            "time per fault when a thread touches 512 ranges of 2 MiB on the device"
-        } else {
-            "the same when 2 threads share the ranges"
-        }
+        self.kind.about
     }
 
     fn baseline(&self) -> Option<&'static str> {
-        (self.threads > 1).then_some(ONE_THREAD)
+        self.kind.baseline
     }
 
     fn at_most(&self) -> u32 {
@@ -246,15 +293,16 @@ impl Case for Storm {
     }
 
     fn setup(&mut self) -> Result<Setup> {
-        let runtime = runtime("gpusvm", (STORM * SLOT) as u64 + (64 << 20))?;
-        let slots = Slots::many(Pages::Huge, STORM)?;
+        let bytes = STORM * self.kind.size;
+        let runtime = runtime_with("gpusvm", bytes as u64 + (64 << 20), self.kind.chunks)?;
+        let slots = Slots::many(Pages::Huge, bytes / SLOT)?;
         self.made = Some((runtime, slots));
         self.run(1)?;
         Ok(Setup::Ready)
     }
 
     fn sample(&mut self) -> Result<f64> {
-        self.run(self.threads)
+        self.run(self.kind.threads)
     }
 
     fn baseline_sample(&mut self) -> Result<f64> {
@@ -265,13 +313,13 @@ impl Case for Storm {
 /// The cases.
 pub fn all() -> Vec<Box<dyn Case>> {
     let case = |name, about, what| -> Box<dyn Case> { Box::new(Migrate2m { name, about, what, made: None }) };
-    vec![
+    let mut cases = vec![
         case("to_device_2m", "a device access to 2 MiB on the host, until it is mapped", What::ToDevice),
         case("cpu_fault_return_2m", "a CPU touch of 2 MiB the device wrote, until it is back", What::Return),
         case("clean_return_2m", "a CPU touch of 2 MiB the device only read", What::CleanReturn),
         case("delta_to_device_2m_8dirty", "a device access after the CPU wrote 8 pages", What::Delta),
         Box::new(Fault4k::default()),
-        Box::new(Storm { threads: 1, made: None }),
-        Box::new(Storm { threads: 2, made: None }),
-    ]
+    ];
+    cases.extend(STORMS.iter().map(|kind| -> Box<dyn Case> { Box::new(Storm { kind, made: None }) }));
+    cases
 }

@@ -364,7 +364,7 @@ pub static OPTIONS: &[OptionRow] = &[
     row!(chunk_sizes, None, Chunks, default "2M,64K,4K", "range sizes to use"),
     row!(retained, None, Size, or "auto", "most host memory kept for ranges that are on the device"),
     row!(workers, None, Count, default "0", "service threads, 0: chosen by the number of processors"),
-    row!(spin_us, None, Number, default "200", "how long a service thread spins before it sleeps"),
+    row!(spin_us, None, Number, default "500", "how long a service thread spins before it sleeps"),
     row!(faults, None, Bool, default "on", "whether the simulated device can fault and recover"),
     row!(visible, None, Size, or "all", "bytes of device memory that the CPU can reach"),
     row!(timeslice_ms, None, Number, default "0", "how long a range stays on the device at least, doubled when it ping-pongs"),

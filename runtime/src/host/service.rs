@@ -48,15 +48,17 @@ use crate::host::message::Message;
 use crate::space::svm::{Served, Svm, Wait};
 
 /// Faults for which company is expected after some was seen.
-const COMPANY: u32 = 64;
+const COMPANY: u32 = 32;
 
 /// A yield that takes longer says that others want the processor.
-const CROWDED: Duration = Duration::from_micros(10);
+const CROWDED: Duration = Duration::from_micros(200);
 
 /// One fault that waits.
 #[derive(Debug, Clone, Copy)]
 struct Fault {
     addr: u64,
+    /// The thread that waits, 0 where the kernel does not tell.
+    tid: u32,
     arrived: Instant,
     not_before: Instant,
     attempts: u32,
@@ -162,21 +164,22 @@ impl Service {
     /// As the reader: reads and serves until there is a fault that others should not wait behind.
     fn read_and_serve(&self, reader: &mut Reader) -> Result<()> {
         while !self.stop.load(Ordering::Acquire) {
-            let first_look = self.read(reader)?;
+            self.read(reader)?;
             let mut queue = self.queue();
-            let ready = queue.iter().filter(|f| f.not_before <= Instant::now()).take(2).count();
-            if ready == 0 {
+            let now = Instant::now();
+            let mut ready = queue.iter().filter(|f| f.not_before <= now);
+            let Some(first) = ready.next() else {
                 let wake_at = queue.iter().map(|f| f.not_before).min();
                 drop(queue);
                 self.wait(reader, wake_at)?;
                 continue;
+            };
+            if ready.any(|f| f.tid != first.tid) {
+                self.company.store(COMPANY, Ordering::Relaxed);
+                return Ok(());
             }
-            if ready > 1 || self.company.load(Ordering::Relaxed) > 0 {
-                if ready > 1 {
-                    self.company.store(COMPANY, Ordering::Relaxed);
-                } else {
-                    self.company.fetch_sub(1, Ordering::Relaxed);
-                }
+            if self.company.load(Ordering::Relaxed) > 0 {
+                self.company.fetch_sub(1, Ordering::Relaxed);
                 return Ok(());
             }
             let Some(fault) = take_ready(&mut queue) else { continue };
@@ -186,7 +189,8 @@ impl Service {
             if put_back {
                 return Ok(());
             }
-            if first_look && self.read(reader)? {
+            self.read(reader)?;
+            if self.queue().iter().any(|waiting| waiting.tid != fault.tid) {
                 self.company.store(COMPANY, Ordering::Relaxed);
             }
         }
@@ -219,7 +223,7 @@ impl Service {
             any = true;
             let read_on = || drop(self.read_on(&mut Vec::new()));
             match message {
-                Message::Fault { addr, .. } => faults.push(align_down(addr, SZ_4K)),
+                Message::Fault { addr, tid, .. } => faults.push((align_down(addr, SZ_4K), tid)),
                 Message::Unmap(span) => self.svm.unmapped_meanwhile(span, &read_on),
                 Message::Remove(span) => self.svm.discarded(span, &read_on),
                 Message::Remap { from, to, len } => {
@@ -235,8 +239,9 @@ impl Service {
         faults.sort_unstable();
         faults.dedup();
         let mut queue = self.queue();
-        queue.extend(faults.into_iter().map(|addr| Fault {
+        queue.extend(faults.into_iter().map(|(addr, tid)| Fault {
             addr,
+            tid,
             arrived,
             not_before: arrived,
             attempts: 0,

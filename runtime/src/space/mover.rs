@@ -73,12 +73,16 @@ impl Default for Options {
 pub(crate) struct Released {
     generation: Mutex<u64>,
     changed: Condvar,
+    waiters: std::sync::atomic::AtomicU32,
 }
 
 impl Released {
     pub(crate) fn announce(&self) {
         *self.generation.lock().unwrap_or_else(|p| p.into_inner()) += 1;
-        self.changed.notify_all();
+        // Who waits says so with the lock held, so nobody is missed. Most times nobody does, and a wake-up is a call.
+        if self.waiters.load(Ordering::Acquire) > 0 {
+            self.changed.notify_all();
+        }
     }
 
     pub(crate) fn generation(&self) -> u64 {
@@ -88,7 +92,9 @@ impl Released {
     /// Waits until something was released after `seen`, or `timeout`.
     pub(crate) fn wait(&self, seen: u64, timeout: Duration) {
         let guard = self.generation.lock().unwrap_or_else(|p| p.into_inner());
+        self.waiters.fetch_add(1, Ordering::AcqRel);
         let _ = self.changed.wait_timeout_while(guard, timeout, |now| *now == seen);
+        self.waiters.fetch_sub(1, Ordering::AcqRel);
     }
 }
 

@@ -354,6 +354,8 @@ impl Svm {
         if placement != Placement::Remote && self.being_dropped(range.span()) {
             return Ok(None);
         }
+        // What was just flipped out lay in a writable mapping: only those can be.
+        let proven = state.is_home() && placement == Placement::Migrate;
         match placement {
             Placement::Migrate => mover.to_device(&range, &mut state, device, want.cause)?,
             Placement::Share if state.is_home() => {
@@ -368,7 +370,9 @@ impl Svm {
             Placement::Share => mover.to_device(&range, &mut state, device, want.cause)?,
             Placement::Remote => self.settle_for_remote(&range, &mut state, device, want)?,
         }
-        self.granted(want.access, addr)?;
+        if !proven {
+            self.granted(want.access, addr)?;
+        }
         let Ok(commit) = range.commit(ticket) else { return Ok(None) };
         let flags = mover.bind(&range, &mut state, device, want.access)?;
         commit.set_pages(flags);
