@@ -22,6 +22,7 @@ struct Node {
 }
 
 /// Words and how often they occur.
+#[expect(clippy::vec_box, reason = "nodes point at each other: each needs an address that stays")]
 pub struct Index {
     buckets: Box<[*const Node]>,
     nodes: Vec<Box<Node>>,

@@ -30,7 +30,7 @@
 //! [`GlobalAlloc`]: a block goes back to the area whose addresses hold it, whichever thread frees it, so no block is
 //! ever given to an allocator that did not make it. Area bounds are published once, before the first block is given
 //! out. A block on the free list is owned by the list: its first bytes hold the link and the layout, which is why no
-//! block is smaller than [`FreeBlock`].
+//! block is smaller than `FreeBlock`.
 #![allow(unsafe_code)]
 
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -270,7 +270,7 @@ impl Area {
         base != 0 && at >= base && at < self.end.load(Ordering::Acquire)
     }
 
-    /// Room for a [`FreeBlock`] in every block.
+    /// Room for a `FreeBlock` in every block.
     fn padded(layout: Layout) -> Layout {
         let least = Layout::new::<FreeBlock>();
         let size = layout.size().max(least.size());
@@ -380,7 +380,8 @@ impl Area {
         let more = wanted.min(self.end.load(Ordering::Relaxed) - opened);
         let at = ptr::with_exposed_provenance_mut::<u8>(opened);
         // SAFETY: `more` bytes of the area's own reservation, beyond what the heap has.
-        if more < bytes || unsafe { libc::mprotect(at.cast(), more, libc::PROT_READ | libc::PROT_WRITE) } != 0 {
+        if more < bytes || unsafe { libc::mprotect(at.cast(), more, libc::PROT_READ | libc::PROT_WRITE) } != 0
+        {
             return false;
         }
         // Huge pages make look-ups in large tables a third cheaper; without them it only gets slower.
@@ -462,7 +463,7 @@ mod tests {
             assert!(MAILBOX.holds(q as usize));
             assert!((0..64).all(|i| *q.add(i) == 7));
             let z = internal(|| routed.alloc_zeroed(Layout::from_size_align(512, 64).unwrap()));
-            assert!((0..512).all(|i| *z.add(i) == 0) && z as usize % 64 == 0);
+            assert!((0..512).all(|i| *z.add(i) == 0) && (z as usize).is_multiple_of(64));
             routed.dealloc(q, Layout::from_size_align(4096, 16).unwrap());
             routed.dealloc(z, Layout::from_size_align(512, 64).unwrap());
         }

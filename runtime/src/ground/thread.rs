@@ -6,7 +6,7 @@
 //! Each is listed with its kernel id, so that the watchdog can tell a dead one from a busy one.
 //!
 //! # Safety
-//! The list is renewed in a forked child (see [`crate::ground::renew`]).
+//! The list is renewed in a forked child (see `ground::renew`).
 #![allow(unsafe_code)]
 
 use std::io;

@@ -33,7 +33,8 @@ impl Policy for Adaptive {
 
     fn cpu_fault(&self, facts: &Facts<'_>) -> Return {
         let history = facts.history;
-        let given_up = history.whole_returns >= GIVE_UP_AFTER && history.to_device % RETRY_EVERY != 0;
+        let given_up =
+            history.whole_returns >= GIVE_UP_AFTER && !history.to_device.is_multiple_of(RETRY_EVERY);
         if history.round_trips < BLOCKS_AFTER || given_up || facts.span.len() <= SZ_64K {
             return Return::Range;
         }

@@ -6,7 +6,7 @@
 //! drm_gpusvm_range_chunk_size. The other half, existing ranges and populated pages, needs the tree and the process
 //! and is in [`super::Space::find_or_insert`].
 //!
-//! The same sizes shape the lookup tree: [`Levels`] is the list of block sizes its nodes divide a notifier into.
+//! The same sizes shape the lookup tree: `Levels` is the list of block sizes its nodes divide a notifier into.
 //!
 //! # Limits
 //! Sizes are powers of two, strictly descending, and end with 4 KiB. A size above the notifier's is accepted, as in the

@@ -16,7 +16,7 @@
 //!
 //! The kernel compares the notifier's sequence number, which changes with every invalidation in 512 MiB, and then asks
 //! each range whether its pages still hold (drm_gpusvm_range_pages_valid). Here each range also keeps the number of
-//! the last invalidation that hit it, its *stamp*, so [`RangeState::commit`] answers exactly at once and an
+//! the last invalidation that hit it, its *stamp*, so `RangeState::commit` answers exactly at once and an
 //! invalidation elsewhere in the window costs a preparing thread nothing. [`Notifier::read_retry`] is the coarse
 //! question, for what is not tied to one range.
 //!
@@ -25,7 +25,7 @@
 //!
 //! # Locking
 //! Lock order: space update lock, then a notifier's lock, then whatever the upper floors lock. While a [`Commit`] or an
-//! [`Invalidation`] is held, nothing of the space may be called and [`Notifier::read_begin`] of the same notifier
+//! `Invalidation` is held, nothing of the space may be called and [`Notifier::read_begin`] of the same notifier
 //! neither.
 
 use super::primitive::{AtomicU64, Ordering, RwLock, RwLockReadGuard, RwLockWriteGuard};

@@ -228,6 +228,10 @@ impl FakeHost {
         self.kernel().unread = unread.into();
     }
 
+    pub fn is_unread(&self) -> bool {
+        self.kernel().unread > 0
+    }
+
     /// mmap with MAP_FIXED of fresh anonymous memory.
     pub fn map(&self, span: Span) {
         let mut k = self.kernel();
@@ -286,13 +290,10 @@ impl FakeHost {
         if area.poisoned {
             return Touch::Sigbus;
         }
-        if !k.pages.contains_key(&addr) {
-            if area.registered {
-                return Touch::Waits;
-            }
-            k.pages.insert(addr, Page { value: 0, written: true });
+        if area.registered && !k.pages.contains_key(&addr) {
+            return Touch::Waits;
         }
-        let page = k.pages.get_mut(&addr).expect("made above");
+        let page = k.pages.entry(addr).or_insert(Page { value: 0, written: true });
         if let Some(new) = new {
             *page = Page { value: new, written: true };
         }
@@ -338,6 +339,13 @@ impl FakeHost {
     pub fn held(&self) -> (usize, usize, usize) {
         let k = self.kernel();
         (k.slots.len(), k.book.len(), k.areas.values().filter(|a| a.registered).count())
+    }
+
+    /// Closes the userfaultfd.
+    pub fn unregister_all(&self) {
+        let mut k = self.kernel();
+        k.book.clear();
+        k.areas.values_mut().for_each(|a| (a.registered, a.tracked) = (false, false));
     }
 
     /// Pages where the books and the kernel disagree.
@@ -402,6 +410,12 @@ impl HostMemory for FakeHost {
 
     fn let_go(&self, span: Span) {
         self.unregister(span);
+        let mut k = self.kernel();
+        if k.unread == 0 {
+            k.areas
+                .range_mut(span.start..span.end)
+                .for_each(|(_, a)| (a.registered, a.tracked) = (false, false));
+        }
     }
 
     fn forget(&self, span: Span) {
@@ -796,7 +810,10 @@ impl Device for FakeDevice {
 
     fn bind(&self, va: Span, backing: Backing, access: GpuAccess) -> Result<()> {
         let mut card = self.card();
-        assert!(va.len().is_power_of_two() && va.start % va.len() == 0, "{va} is not aligned to its size");
+        assert!(
+            va.len().is_power_of_two() && va.start.is_multiple_of(va.len()),
+            "{va} is not aligned to its size"
+        );
         for addr in pages_of(va) {
             let backing = match backing {
                 Backing::Vram(offset) => Backing::Vram(offset + addr - va.start),
@@ -813,11 +830,15 @@ impl Device for FakeDevice {
     fn unbind(&self, va: Span) -> bool {
         let mut card = self.card();
         card.table.retain(|addr, _| !va.contains(*addr));
-        pages_of(va).fold(false, |any, addr| card.referenced.remove(&addr) || any)
+        let before = card.referenced.len();
+        card.referenced.retain(|addr| !va.contains(*addr));
+        card.referenced.len() < before
     }
 
     fn test_and_clear_referenced(&self, va: Span) -> bool {
         let mut card = self.card();
-        pages_of(va).fold(false, |any, addr| card.referenced.remove(&addr) || any)
+        let before = card.referenced.len();
+        card.referenced.retain(|addr| !va.contains(*addr));
+        card.referenced.len() < before
     }
 }

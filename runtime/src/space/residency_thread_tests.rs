@@ -182,7 +182,9 @@ impl Party {
     fn disturb(&self, seed: u64) {
         let mut dice = Dice::new(seed);
         while !self.done.load(Ordering::Acquire) {
-            let span = Span::sized(self.page(dice.roll(COUNTED)), (1 + dice.roll(20)) * SZ_4K);
+            let first = dice.roll(COUNTED + FLEETING);
+            let span =
+                Span::sized(self.page(first), (1 + dice.roll(20.min(COUNTED + FLEETING - first))) * SZ_4K);
             match dice.roll(5) {
                 0 => drop(self.svm.bring_home(span, crate::observe::stats::Cause::User)),
                 1 => self.svm.shrink(dice.roll(8) * SZ_4K),
@@ -209,7 +211,7 @@ fn party(seed: u64, stops: u64) {
         .collect();
     threads.push({
         let p = party.clone();
-        thread::spawn(move || p.come_and_go(seed + 50, 400))
+        thread::spawn(move || p.come_and_go(seed + 50, 1500))
     });
     while !threads.iter().all(|t| t.is_finished()) {
         assert!(Instant::now() < party.deadline + Duration::from_secs(5), "threads hang");

@@ -597,15 +597,15 @@ impl Svm {
         self.poison(span, &gone);
     }
 
-    /// The page came back meanwhile, or it is a hole in memory that usvm watches. Then the whole range, if it is home,
-    /// goes back to the kernel, which serves the next holes by itself and faster.
+    /// The page came back meanwhile, or it is a hole in memory that usvm watches. Then the whole range, if it is home
+    /// and no work uses a copy of it, goes back to the kernel, which serves the next holes by itself and faster.
     fn not_away(&self, range: &Arc<Range>, state: &mut State, page: u64) -> Served {
         let span = Span::sized(page, SZ_4K);
         if !self.mover.host.present(span).is_empty() {
             self.mover.host.wake(span);
             return Served::Done;
         }
-        if !state.is_home() {
+        if !state.is_home() || range.data.is_pinned() {
             return self.zero(page);
         }
         self.mover.unshare_copy(range, state);
@@ -640,10 +640,13 @@ impl Svm {
             drop(landings);
             return if self.awaits_landing(page) { Served::Retry(Wait::Events) } else { self.zero(page) };
         }
-        self.mover.host.let_go(span);
-        self.mover.host.wake(span);
-        drop(landings);
-        if self.mover.host.is_registered(Span::sized(page, SZ_4K)) { self.zero(page) } else { Served::Done }
+        // Filled first: while an event is unread the kernel refuses, and what mremap brought here may be unknown yet.
+        let served = self.zero(page);
+        if served == Served::Done {
+            self.mover.host.let_go(span);
+            self.mover.host.wake(span);
+        }
+        served
     }
 
     fn zero(&self, page: u64) -> Served {
@@ -716,7 +719,7 @@ impl Svm {
     /// [`Svm::unmapped_meanwhile`].
     ///
     /// The kernel reports before it drops, and lets the caller go on when the report is read. A page that leaves in
-    /// between would escape, and its old contents would come back: see [`Svm::being_dropped`].
+    /// between would escape, and its old contents would come back: see `Svm::being_dropped`.
     pub fn discarded(&self, span: Span, read_on: &dyn Fn()) {
         self.dropping().push((span, Instant::now()));
         self.abandon_landings(span, read_on);
