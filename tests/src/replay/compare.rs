@@ -101,6 +101,7 @@ impl Totals {
 struct Recorded {
     ranges: BTreeMap<u64, RangeView>,
     notifiers: BTreeSet<Span>,
+    queue: usize,
 }
 
 impl Recorded {
@@ -111,6 +112,7 @@ impl Recorded {
         self.ranges.extend(op.ranges.iter().map(|r| (r.span.start, r.clone())));
         self.notifiers.retain(|n| !op.notifiers_gone.contains(&n.start));
         self.notifiers.extend(&op.notifiers);
+        self.queue = op.queue.unwrap_or(self.queue);
     }
 }
 
@@ -170,6 +172,13 @@ fn against_trace(op: &Op, out: &Outcome, driver: &Driver, recorded: &Recorded, w
         calls(&out.calls, &op.calls, "the kernel", wrong);
     }
     ranges(&driver.ranges(), &recorded.ranges, "the kernel", wrong);
+    if driver.queue() != recorded.queue {
+        wrong.push(format!(
+            "{} ranges wait for the collector, in the kernel {}",
+            driver.queue(),
+            recorded.queue
+        ));
+    }
     let notifiers = driver.notifiers();
     if !notifiers.iter().eq(&recorded.notifiers) {
         wrong.push(format!("notifiers {notifiers:?}, the kernel has {:?}", recorded.notifiers));
@@ -189,6 +198,13 @@ fn against_careful(op: &Op, want: (&Outcome, &Driver), got: (&Outcome, &Driver),
     }
     calls(&got.0.calls, &want.0.calls, who, wrong);
     ranges(&got.1.ranges(), &want.1.ranges(), who, wrong);
+    if got.1.queue() != want.1.queue() {
+        wrong.push(format!(
+            "{} ranges wait for the collector, by the rules {}",
+            got.1.queue(),
+            want.1.queue()
+        ));
+    }
     if got.1.notifiers() != want.1.notifiers() {
         wrong.push(format!("notifiers {:?}, by the rules {:?}", got.1.notifiers(), want.1.notifiers()));
     }

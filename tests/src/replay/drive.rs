@@ -57,12 +57,21 @@ pub struct Driver {
     kernel_exact: bool,
     workarounds: Option<Workarounds>,
     got: BTreeMap<u64, Got>,
+    /// Ranges that were removed while they waited for the collector: usvm leaves them on its list until it comes.
+    stale: usize,
 }
 
 impl Driver {
     /// At the start of `trace`. With `workarounds`, the caller avoids what the kernel does and usvm means not to do.
     pub fn new(trace: &Trace, kernel_exact: bool, workarounds: Option<Workarounds>) -> Self {
-        Self { host: Host::new(trace), space: None, kernel_exact, workarounds, got: BTreeMap::new() }
+        Self {
+            host: Host::new(trace),
+            space: None,
+            kernel_exact,
+            workarounds,
+            got: BTreeMap::new(),
+            stale: 0,
+        }
     }
 
     /// Does `op` and takes over what it made of the process.
@@ -73,7 +82,10 @@ impl Driver {
             "destroy" => self.destroy(),
             "find" => self.find(op, &mut out),
             "pages" => return self.pages(op, out),
-            "gc" => self.collect(op, &mut out),
+            "gc" => {
+                self.stale = 0;
+                self.collect(op, &mut out)
+            }
             "unmap" | "remove" | "gpuw" | "gpur" => self.on_range(op),
             "migrate" | "evict" | "scan" => self.host_answers(op),
             _ => op.result.clone(),
@@ -105,6 +117,7 @@ impl Driver {
 
     fn create_as(&mut self, config: SpaceConfig) -> String {
         self.got.clear();
+        self.stale = 0;
         match Space::new(config) {
             Ok(space) => {
                 self.space = Some(space);
@@ -117,6 +130,7 @@ impl Driver {
     fn destroy(&mut self) -> String {
         match self.space.take() {
             Some(space) => {
+                self.stale = 0;
                 space.clear();
                 "0".into()
             }
@@ -212,7 +226,7 @@ impl Driver {
         removed.map_or_else(|e| errno(&e), |n| format!("0 {n}"))
     }
 
-    fn on_range(&self, op: &Op) -> String {
+    fn on_range(&mut self, op: &Op) -> String {
         let (space, range) = match self.range(op) {
             Ok(found) => found,
             Err(missing) => return missing.into(),
@@ -221,7 +235,13 @@ impl Driver {
             "unmap" => {
                 range.unmap_pages();
             }
-            "remove" if !space.remove(&range) => return "not removed".into(),
+            "remove" => {
+                let queued = range.flags().contains(RangeFlags::QUEUED);
+                if !space.remove(&range) {
+                    return "not removed".into();
+                }
+                self.stale += usize::from(queued);
+            }
             "gpuw" | "gpur" => {
                 let writes = op.name == "gpuw";
                 if op.span().end > range.span().end {
@@ -331,6 +351,11 @@ impl Driver {
         self.space.as_ref().map_or_else(Vec::new, |s| s.notifiers().iter().map(|n| n.span()).collect())
     }
 
+    /// Ranges that wait for the collector.
+    pub fn queue(&self) -> usize {
+        self.space.as_ref().map_or(0, |space| space.garbage_len().saturating_sub(self.stale))
+    }
+
     /// Whether everything that must always hold does.
     ///
     /// # Errors
@@ -438,10 +463,15 @@ impl Faulting<'_, '_> {
 }
 
 impl PageSource for Faulting<'_, '_> {
+    /// The pages as they are after the operation. Only, where the kernel's faults met the range with an event, the first
+    /// answer is the pages of before, as a walk sees them that an invalidation overtakes: it must not be used.
     fn fault(&self, span: Span, write: bool) -> Result<Vec<Folio>> {
+        let first = !self.fed.get();
+        let old = self.host.folios(span);
         self.feed_once();
         self.host.fault(span, write, &self.before, self.op.result == "EPERM")?;
-        Ok(self.host.folios(span))
+        let overtaken = self.op.calls.iter().any(|call| call.event.span.overlaps(span));
+        Ok(if first && overtaken { old } else { self.host.folios(span) })
     }
 }
 

@@ -85,6 +85,8 @@ pub struct Op {
     pub notifiers: Vec<Span>,
     /// Starts of notifiers that are gone.
     pub notifiers_gone: Vec<u64>,
+    /// Ranges in the collector's queue, if that changed.
+    pub queue: Option<usize>,
     /// Events were lost: the state after it must be taken as it is.
     pub resync: bool,
 }
@@ -204,7 +206,8 @@ fn item(op: &mut Op, w: &[&str]) -> Result<(), Bad> {
         "n" => op.notifiers.push(bounds(w, 1)?),
         "nx" => op.notifiers_gone.push(hex(w, 1)?),
         "elost" => op.resync = true,
-        "g" | "ecount" | "left" => {}
+        "g" => op.queue = Some(decimal(w, 1)?),
+        "ecount" | "left" => {}
         _ => return Err("what is this?".into()),
     }
     Ok(())
