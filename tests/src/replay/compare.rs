@@ -3,8 +3,10 @@
 use super::drive::{Driver, Outcome};
 use super::meant::{MEANT, Rule, Workarounds};
 use super::trace::{Call, Op, RangeView, Trace};
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use usvm::ground::addr::Span;
 
 /// How many operations apart the invariants of the spaces are checked.
@@ -116,14 +118,23 @@ impl Recorded {
     }
 }
 
-/// Replays a trace through three spaces.
+/// Replays a trace through three spaces. A panic is a difference of its operation and ends the trace.
 pub fn replay(trace: &Trace) -> Report {
+    let at = Cell::new(0);
+    catch_unwind(AssertUnwindSafe(|| replay_from(trace, &at))).unwrap_or_else(|_| {
+        let differences = vec![format!("{}: {}: panics", trace.name, trace.ops[at.get()].text())];
+        Report { name: trace.name.clone(), operations: at.get(), differences, ..Report::default() }
+    })
+}
+
+fn replay_from(trace: &Trace, at: &Cell<usize>) -> Report {
     let mut report = Report { name: trace.name.clone(), operations: trace.ops.len(), ..Report::default() };
     let mut exact = Driver::new(trace, true, None);
     let mut careful = Driver::new(trace, true, Some(Workarounds));
     let mut default = Driver::new(trace, false, None);
     let mut recorded = Recorded::default();
     for op in &trace.ops {
+        at.set(op.number);
         let (a, b, c) = (exact.step(op), careful.step(op), default.step(op));
         recorded.apply(op);
         report.invalidations += op.calls.len();
