@@ -25,6 +25,7 @@ fn main() -> ExitCode {
         eprintln!("usvm-replay: DIFFERENCES.md: {e}");
         return ExitCode::FAILURE;
     }
+    println!("{} invalidations", totals.invalidations);
     println!("{}", totals.line());
     if totals.differences == 0 && totals.operations > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

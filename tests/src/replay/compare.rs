@@ -28,7 +28,7 @@ pub struct Report {
     pub name: String,
     /// Operations done.
     pub operations: usize,
-    /// Answers and states compared with the kernel's.
+    /// Calls of the invalidate callback in it.
     pub invalidations: usize,
     /// Differences that nothing explains, in order.
     pub differences: Vec<String>,
