@@ -1,5 +1,5 @@
 # The kernel's own drm_gpusvm as the judge (tests/kernel-ref/README.md). Says `skipped: <reason>` where it cannot run.
-#   make test-kernel-ref SEED=n OPS=n    fresh random traces, checked by the independent model
+#   make test-kernel-ref SEED=n OPS=n    fresh random traces, checked by the independent model and replayed by usvm's space
 #   make check-kernel-ref                the traces that are kept, without a virtual machine
 #   make bench-kernel-ref                times of the kernel's operations
 #   make record-kernel-ref               records the kept traces anew
@@ -7,7 +7,7 @@ KERNEL_REF := $(dir $(lastword $(MAKEFILE_LIST)))
 
 .PHONY: test-kernel-ref check-kernel-ref bench-kernel-ref record-kernel-ref
 test-kernel-ref:
-	SEED=$(SEED) OPS=$(OPS) $(KERNEL_REF)run.sh fresh
+	SEED=$(SEED) OPS=$(OPS) CARGO="$(CARGO)" $(KERNEL_REF)run.sh fresh
 
 check-kernel-ref:
 	python3 $(KERNEL_REF)check.py $(KERNEL_REF)traces/*.trace.xz

@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: MIT OR Apache-2.0
 # Asks the kernel's own drm_gpusvm, in a virtual machine: builds the module and the guest driver in a Debian chroot, boots,
-# records traces, checks them. See README.md.
+# records traces, checks them and replays them through usvm's space. See README.md.
 #
 #   run.sh            fresh random traces: SEED (default: the time), OPS in all (default 100000), CONFIGS (default: all)
 #   run.sh record     the traces that are kept: traces/*.trace.xz
@@ -16,6 +16,7 @@ cache=${USVM_CACHE:-$(cd "$here/../.." && pwd)/.cache/kernel-ref}
 mirror=${USVM_MIRROR:-$(apt-get indextargets --format '$(REPO_URI)' 2>/dev/null | grep -v security | head -n 1 | sed 's,/$,,')}
 lock=$here/packages.lock
 compiler=gcc-16
+cargo=${CARGO:-cargo}
 configs=${CONFIGS:-chunks windows edge512 migrate huge full fork small ladder narrow pages}
 
 skip() { echo "skipped: $*"; exit 0; }
@@ -35,6 +36,10 @@ prerequisites() {
     mkdir -p "$cache/debs"
     exec 9>"$cache/lock"
     flock -n 9 || fail "another run uses $cache"
+}
+
+with_cargo() {
+    command -v "$cargo" >/dev/null || skip "no $cargo (usvm-replay is built with it)"
 }
 
 # ---- packages --------------------------------------------------------------------------------------------------------
@@ -217,17 +222,28 @@ random_jobs() { # seed operations
     for c in $configs; do echo "random $c $1 $((($2 + n - 1) / n))"; done
 }
 
+# Both judges: check.py, written from the kernel's rules alone, and usvm's own space. Ends in one line.
+judge() { # traces
+    python3 "$here/check.py" "$@" | sed 's/^/check.py: /'
+    replay "$@"
+}
+
+replay() {
+    nice "$cargo" run --release --quiet --manifest-path "$here/../Cargo.toml" --bin usvm-replay -- "$@" 9>&-
+}
+
 record() {
     scratch
     local s seed
     for s in "$here"/scripts/*.ops; do s=${s##*/}; echo "script ${s%.ops}"; done >"$work/jobs"
     for seed in 1 2; do random_jobs $seed "${OPS:-20000}"; done >>"$work/jobs"
     boot "$work"
-    python3 "$here/check.py" "$work"/out/*.trace
+    judge "$work"/out/*.trace
     rm -f "$here"/traces/*.trace.xz
     local t
     for t in "$work"/out/*.trace; do nice xz -9e -c "$t" >"$here/traces/${t##*/}.xz"; done
     du -ch "$here"/traces/*.xz | tail -n 1
+    replay --write-differences
 }
 
 fresh() {
@@ -235,8 +251,9 @@ fresh() {
     local seed=${SEED:-$(date +%s)} ops=${OPS:-100000}
     say "SEED=$seed OPS=$ops"
     random_jobs "$seed" "$ops" >"$work/jobs"
+    replay "$here"/traces/*.trace.xz | tail -n 1 | sed 's/^/kept traces: /' # before the machine, so that it is built
     boot "$work"
-    python3 "$here/check.py" "$work"/out/*.trace
+    judge "$work"/out/*.trace
 }
 
 bench() {
@@ -250,9 +267,9 @@ bench() {
 case ${1:-fresh} in
 relock) prerequisites; relock ;;
 build) prepare ;;
-record) prepare; record ;;
+record) with_cargo; prepare; record ;;
 bench) prepare; bench ;;
-fresh) prepare; fresh ;;
+fresh) with_cargo; prepare; fresh ;;
 jobs) prepare; scratch; cp "$2" "$work/jobs"; boot "$work" ;; # for experiments: a file of job lines
 *) fail "unknown: $1" ;;
 esac

@@ -49,7 +49,7 @@ impl<R: Default> Space<R> {
     ///
     /// # Errors
     /// In this order: [`Error::OutsideSpace`] (EINVAL) outside the limits; what `aspace` gives; [`Error::NoVma`]
-    /// (ENOENT); EIO for the kernel's own mappings (vvar, device registers); [`Error::NotWritable`] (EPERM);
+    /// (ENOENT); [`Error::NotWritable`] (EPERM); EIO for the kernel's own mappings (vvar, device registers);
     /// [`Error::OutsideSpace`] if no chunk fits; [`Error::Again`] if the mappings changed at every one of 64 tries.
     /// No notifier is left behind.
     pub fn find_or_insert(
@@ -170,11 +170,11 @@ impl<R: Default> Space<R> {
 fn usable_vma(aspace: &(impl AddressSpace + ?Sized), addr: u64, ctx: &Ctx) -> Result<Vma> {
     let vma = aspace.find_vma(addr)?.filter(|vma| vma.span.contains(addr));
     let vma = vma.ok_or(Error::NoVma { addr })?;
-    if vma.kind == VmaKind::Special {
-        return Err(Error::os("mapping the kernel's own pages for a device", Errno(libc::EIO)));
-    }
     if !ctx.read_only && !vma.write {
         return Err(Error::NotWritable { addr });
+    }
+    if vma.kind == VmaKind::Special {
+        return Err(Error::os("mapping the kernel's own pages for a device", Errno(libc::EIO)));
     }
     Ok(vma)
 }

@@ -105,11 +105,11 @@ impl Model {
             return Err(-libc::EINVAL);
         }
         let vma = mm.find_vma(addr).unwrap().ok_or(-libc::ENOENT)?;
-        if vma.kind == VmaKind::Special {
-            return Err(-libc::EIO);
-        }
         if !ctx.read_only && !vma.write {
             return Err(-libc::EPERM);
+        }
+        if vma.kind == VmaKind::Special {
+            return Err(-libc::EIO);
         }
         if let Some(&i) = self.overlapping(addr, addr + 1).first() {
             return Ok(self.ranges[i].start);
@@ -157,7 +157,7 @@ impl Model {
                     }
                     zdd = allocation;
                     if pagemap != device {
-                        if i > 0 {
+                        if pagemap != 0 {
                             return Err(-libc::EOPNOTSUPP);
                         }
                         pagemap = device;

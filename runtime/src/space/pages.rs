@@ -10,8 +10,9 @@
 //! | all system | mapped; with `devmem_only` EFAULT |
 //! | all of one device allocation | mapped, HAS_DEVMEM_PAGES |
 //! | of two allocations of one device | EOPNOTSUPP; with `allow_mixed` mapped |
-//! | device first, system later | EOPNOTSUPP; with `allow_mixed` mapped (or EFAULT with `devmem_only`) |
-//! | system first, device later; or two devices | EOPNOTSUPP |
+//! | device and system, in any order | EOPNOTSUPP; with `allow_mixed` mapped |
+//! | of two devices | EOPNOTSUPP |
+//! | some system, with `devmem_only` | EFAULT, if no rule above was broken at a page before |
 //! | missing after the source was asked to bring them | EFAULT |
 //!
 //! # Differences from the kernel
@@ -134,7 +135,7 @@ fn classify(span: Span, folios: &[Folio], ctx: &Ctx) -> Result<RangeFlags> {
     let gone = |page: usize| Err(Error::Gone { addr: span.start + (page as u64) * SZ_4K });
     let mut flags = RangeFlags::empty();
     flags.set(RangeFlags::WRITABLE, !ctx.read_only);
-    let (mut allocation_of, mut device_of) = (None, None);
+    let (mut allocation_of, mut device_of, mut system) = (None, None, false);
     let mut page = 0;
     for folio in folios {
         if page >= span.pages() {
@@ -144,7 +145,8 @@ fn classify(span: Span, folios: &[Folio], ctx: &Ctx) -> Result<RangeFlags> {
             PageKind::Missing => return gone(page),
             PageKind::Device { device, allocation } => {
                 let other_allocation = page > 0 && allocation_of != Some(allocation);
-                if other_allocation && !ctx.allow_mixed || page > 0 && device_of != Some(device) {
+                let other_device = device_of.is_some_and(|before| before != device);
+                if other_allocation && !ctx.allow_mixed || other_device {
                     return mixed;
                 }
                 (allocation_of, device_of) = (Some(allocation), Some(device));
@@ -157,11 +159,12 @@ fn classify(span: Span, folios: &[Folio], ctx: &Ctx) -> Result<RangeFlags> {
                 if ctx.devmem_only {
                     return gone(page);
                 }
-                flags.set(RangeFlags::MIXED, device_of.is_some());
+                system = true;
             }
         }
         page += 1 << folio.order;
     }
+    flags.set(RangeFlags::MIXED, system && device_of.is_some());
     if page < span.pages() { gone(page) } else { Ok(flags) }
 }
 
@@ -200,7 +203,7 @@ mod tests {
         for (pages, mixed) in [
             ([(dev(1, 7), 3), (dev(1, 8), 3)], Ok(devmem)),
             ([(dev(1, 7), 3), (System, 3)], Ok(devmem | RangeFlags::MIXED)),
-            ([(System, 3), (dev(1, 7), 3)], Err(libc::EOPNOTSUPP)),
+            ([(System, 3), (dev(1, 7), 3)], Ok(devmem | RangeFlags::MIXED)),
             ([(dev(1, 7), 3), (dev(2, 7), 3)], Err(libc::EOPNOTSUPP)),
             ([(dev(1, 7), 3), (dev(2, 8), 3)], Err(libc::EOPNOTSUPP)),
         ] {

@@ -226,7 +226,8 @@ mod chunk_choices {
         assert_eq!(refused(anon(span, true, false), &WRITE), libc::EPERM);
         assert_eq!(refused(anon(Span::sized(BASE + SZ_2M, SZ_2M), true, true), &WRITE), libc::ENOENT);
         let vvar = Vma { kind: VmaKind::Special, ..anon(span, true, false) };
-        assert_eq!(refused(vvar, &WRITE), libc::EIO);
+        assert_eq!(refused(vvar, &WRITE), libc::EPERM);
+        assert_eq!(refused(Vma { write: true, ..vvar }, &WRITE), libc::EIO);
         assert_eq!(refused(vvar, &READ), libc::EIO);
 
         let (space, mm) = (space(), FakeMm::default());
