@@ -253,7 +253,7 @@ impl ShadowArea {
     fn grow(&self, books: &mut Books, family: Family, uffd: BorrowedFd<'_>) -> Result<()> {
         let arenas = &mut books.arenas[family as usize];
         let doubled = arenas.last().map_or(ARENA_FIRST, |last| last.len().saturating_mul(2));
-        let mut len = doubled.min(self.arena_max);
+        let mut len = doubled.min(self.arena_max).min(fair_share());
         let arena = loop {
             match self.map_arena(uffd, len, family) {
                 Ok(arena) => break arena,
@@ -317,6 +317,11 @@ fn advise(span: Span, family: Family) {
             tracing::debug!(%errno, ?advice, "not taken");
         }
     }
+}
+
+/// The most that one arena may take of a limited address space: the program needs the rest.
+fn fair_share() -> u64 {
+    getrlimit(Resource::As).current.map_or(u64::MAX, |limit| (limit / 32 / SZ_2M * SZ_2M).max(ARENA_MIN))
 }
 
 /// Names the limit that was met.
