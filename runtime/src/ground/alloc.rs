@@ -408,7 +408,7 @@ const STEP: usize = 4 << 20;
 /// Whether `size` is more of RLIMIT_AS than usvm should take from the program.
 fn eats_the_limit(size: usize) -> bool {
     match rustix::process::getrlimit(rustix::process::Resource::As).current {
-        Some(limit) => size as u64 > limit / 16,
+        Some(limit) => size as u64 > limit / 8,
         None => false,
     }
 }

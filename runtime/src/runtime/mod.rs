@@ -520,7 +520,8 @@ impl Runtime {
     }
 
     /// Queues `kernel` on the device's compute engine. It reaches memory only through its `Gpu`, by the process's own
-    /// addresses; what it captured by value travels with it. The fence carries its error.
+    /// addresses; what it captured by value travels with it, and what it allocates comes from usvm's own memory: it must
+    /// not touch memory of the program that it holds on the device itself. The fence carries its error.
     ///
     /// On a device without recoverable faults nothing is mapped for it: use [`Runtime::launch_with`].
     pub fn launch(
