@@ -21,11 +21,17 @@ use crate::ground::inject::{self, Call};
 use crate::ground::renew::Renewable;
 
 static ON_START: OnceLock<fn()> = OnceLock::new();
+static ON_END: OnceLock<fn()> = OnceLock::new();
 static LIVING: Renewable<Mutex<Vec<(Pid, String)>>> = Renewable::new(Mutex::new(Vec::new()));
 
 /// Registers what every new service thread runs first. The first registration counts.
 pub fn on_start(f: fn()) {
     let _ = ON_START.set(f);
+}
+
+/// Registers what every service thread runs last. The first registration counts.
+pub fn on_end(f: fn()) {
+    let _ = ON_END.set(f);
 }
 
 /// Starts one of usvm's own threads. Its panics end it, not the process; `f` says what that means by what it leaves.
@@ -42,6 +48,9 @@ pub fn spawn(name: &str, f: impl FnOnce() + Send + 'static) -> io::Result<JoinHa
             let listed = Listed::new(name);
             f();
             listed.done();
+            if let Some(end) = ON_END.get() {
+                end();
+            }
         });
         before.thread_set_mask()?;
         spawned

@@ -77,6 +77,15 @@ pub fn exempt_current_thread() -> Vec<Span> {
     spans
 }
 
+/// Makes the stacks of the calling thread, which is about to end, ordinary again: their addresses will be somebody
+/// else's. It holds no lock any more, so it may wait for its own stack like any thread. What may share its pages with
+/// other threads, thread vectors and loaded objects' storage, stays exempt.
+pub fn release_current_thread() {
+    for span in stack().into_iter().chain(signal_stack()) {
+        unexempt(span.page_aligned());
+    }
+}
+
 /// Makes the writable data of usvm's own object, of libc and of the dynamic linker exempt.
 pub fn exempt_own_objects() -> Vec<Span> {
     let mine = exempt_own_objects as *const () as u64;

@@ -186,6 +186,7 @@ fn start(builder: Builder) -> Result<Runtime> {
     thread::on_start(|| {
         exempt::exempt_current_thread();
     });
+    thread::on_end(exempt::release_current_thread);
     alloc::spans().into_iter().filter(|s| !s.is_empty()).for_each(exempt::exempt);
     exempt::exempt_own_objects();
 
