@@ -294,7 +294,7 @@ impl Service {
             }
             Served::Retry(wait) => {
                 let delay = match wait {
-                    Wait::Lock => Duration::ZERO,
+                    Wait::Lock => Duration::from_micros(u64::from(fault.attempts.min(50)) * 10),
                     Wait::Slice(left) => left.min(Duration::from_millis(10)),
                     Wait::Events => Duration::from_micros(u64::from(fault.attempts.min(50)) * 20),
                     Wait::Pins => Duration::from_micros(20 + u64::from(fault.attempts.min(50)) * 20),

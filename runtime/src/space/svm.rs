@@ -523,16 +523,20 @@ impl Svm {
         if !self.settle_landings() && self.awaits_landing(page) {
             return Served::Retry(Wait::Events);
         }
-        let Some(range) = self.space.find(page) else { return self.rangeless(page, patient) };
+        let Some(range) = self.space.find(page) else { return self.rangeless(page) };
         let mut state = match range.data.try_lock() {
             Some(state) => state,
-            None if patient => range.data.lock(),
+            // Whoever has it may wait for an event that only a thread like this one reads: never wait for it long.
+            None if patient => match try_a_while(&range) {
+                Some(state) => state,
+                None => return Served::Retry(Wait::Lock),
+            },
             None => return Served::Retry(Wait::Lock),
         };
         if !is_away(&range, &state, page) {
             if range.is_gone() {
                 drop(state);
-                return self.rangeless(page, patient);
+                return self.rangeless(page);
             }
             return self.not_away(&range, &mut state, page);
         }
@@ -614,13 +618,10 @@ impl Svm {
 
     /// A hole that no range holds, or one that waits to be collected. It goes back to the kernel, but only while no device
     /// access can make a new range there and take the page away.
-    fn rangeless(&self, page: u64, patient: bool) -> Served {
+    fn rangeless(&self, page: u64) -> Served {
         let _alone = match self.frozen.try_write() {
             Ok(alone) => alone,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) if patient => {
-                self.frozen.write().unwrap_or_else(|p| p.into_inner())
-            }
             Err(TryLockError::WouldBlock) => return Served::Retry(Wait::Lock),
         };
         let alone = Span::sized(page, SZ_4K);
@@ -1032,6 +1033,18 @@ fn index_of(range: &Range, page: u64) -> usize {
 fn is_away(range: &Range, state: &State, page: u64) -> bool {
     let index = index_of(range, page);
     state.moved.as_ref().is_some_and(|m| m.vram.get(index) || m.strayed.get(index))
+}
+
+/// Locks the range's state if that is possible soon: about as long as a copy takes.
+fn try_a_while(range: &Range) -> Option<MutexGuard<'_, State>> {
+    let until = Instant::now() + Duration::from_micros(300);
+    while Instant::now() < until {
+        if let Some(state) = range.data.try_lock() {
+            return Some(state);
+        }
+        std::thread::yield_now();
+    }
+    None
 }
 
 /// Locks the range's state; does `read_on` again and again until it has it.
