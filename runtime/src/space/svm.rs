@@ -893,6 +893,15 @@ impl Svm {
                 tracing::error!(span = %range.span(), "a forked child does not see this memory: {e}");
             }
         }
+        // What mremap took elsewhere and has not landed belongs where it was to land.
+        for landing in self.landings().iter() {
+            let state = landing.range.data.lock();
+            let Some(m) = &state.moved else { continue };
+            let pages = m.leaving.and(&landing.pages);
+            if let Some(shadow) = m.shadow.as_ref().filter(|_| !pages.is_empty()) {
+                f(landing.to, &pages, shadow);
+            }
+        }
     }
 
     /// Ends it all: everything comes home and no access is served any more. What cannot come home is reported.
