@@ -1,0 +1,1 @@
+//! usvm under an unmodified program: the library that `usvm run` preloads.

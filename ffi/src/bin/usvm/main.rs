@@ -1,0 +1,5 @@
+//! The `usvm` program.
+
+fn main() {
+    println!("usvm {}", env!("CARGO_PKG_VERSION"));
+}

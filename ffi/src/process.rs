@@ -1,0 +1,75 @@
+//! The process's one runtime, for all faces of usvm in it: C callers, the OpenCL layer, chaos under `usvm run`.
+//!
+//! # Overview
+//! A process can have one [`Runtime`]. Whoever needs it acquires it and releases it when done: the first acquisition
+//! starts it, the last release shuts it down. Nobody starts one otherwise.
+//!
+//! # Locking
+//! One mutex around the count; it is held while the runtime starts and stops, so two callers never start two. The lock
+//! is never taken by usvm's service threads.
+//!
+//! # Limits
+//! A forked child begins without a runtime: what the parent had acquired is forgotten there, and acquiring starts a new
+//! one.
+
+use std::sync::Mutex;
+
+use usvm::{Config, Error, Result, Runtime};
+
+struct Shared {
+    runtime: Runtime,
+    users: usize,
+    owner: u32,
+}
+
+static SHARED: Mutex<Option<Shared>> = Mutex::new(None);
+
+/// The process's runtime; started with `config` (the environment's when `None`) if there is none yet. Each call wants
+/// its [`release`].
+pub fn acquire(config: Option<Config>) -> Result<Runtime> {
+    let mut shared = SHARED.lock().unwrap_or_else(|p| p.into_inner());
+    forget_the_parents(&mut shared);
+    if let Some(shared) = shared.as_mut() {
+        shared.users += 1;
+        return Ok(shared.runtime.clone());
+    }
+    let config = match config {
+        Some(config) => config,
+        None => Config::from_env()?,
+    };
+    let runtime = Runtime::start(config)?;
+    *shared = Some(Shared { runtime: runtime.clone(), users: 1, owner: std::process::id() });
+    Ok(runtime)
+}
+
+/// The process's runtime, if there is one.
+pub fn current() -> Option<Runtime> {
+    let mut shared = SHARED.lock().unwrap_or_else(|p| p.into_inner());
+    forget_the_parents(&mut shared);
+    shared.as_ref().map(|s| s.runtime.clone())
+}
+
+/// Ends one [`acquire`]; the last one shuts the runtime down. An error if nothing was acquired.
+pub fn release() -> Result<()> {
+    let mut shared = SHARED.lock().unwrap_or_else(|p| p.into_inner());
+    forget_the_parents(&mut shared);
+    let Some(users) = shared.as_mut().map(|s| {
+        s.users -= 1;
+        s.users
+    }) else {
+        return Err(Error::NotRunning("nothing in this process has started it"));
+    };
+    if users == 0
+        && let Some(ended) = shared.take()
+    {
+        ended.runtime.shutdown();
+    }
+    Ok(())
+}
+
+/// In a forked child the parent's runtime is not ours: its threads do not exist here.
+fn forget_the_parents(shared: &mut Option<Shared>) {
+    if shared.as_ref().is_some_and(|s| s.owner != std::process::id()) {
+        std::mem::forget(shared.take());
+    }
+}
