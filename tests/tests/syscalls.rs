@@ -136,11 +136,6 @@ fn direct_write_and_read() {
 
 #[test]
 fn direct_reads_while_the_device_takes_the_range_away() {
-    // A known failure (README, limits): it runs, and may fail, when asked for.
-    if std::env::var_os("USVM_TEST_KNOWN_FAILURES").is_none() {
-        println!("skipped: data of an O_DIRECT read that races with a migration can be lost; not mended yet");
-        return;
-    }
     let _alone = alone("O_DIRECT race", 30);
     let Some(file) = direct_file() else { return };
     let (runtime, mem) = away(8);
@@ -166,7 +161,7 @@ fn direct_reads_while_the_device_takes_the_range_away() {
         for round in 0..400u64 {
             let block = (round * 7 % blocks) * K64;
             let len = K64 - K4;
-            slice_mut(&mem, block, len).fill(0);
+            slice_mut(&mem, block, len).fill(0xEE);
             file.read_exact_at(slice_mut(&mem, block, len), block).unwrap();
             mem.check_words(block, len, |i| value(8, i));
         }

@@ -151,8 +151,13 @@ impl PageMask {
 
     /// The first `pages` pages.
     pub fn first(pages: usize) -> Self {
+        Self::run(0, pages)
+    }
+
+    /// `count` pages from `first`.
+    pub fn run(first: usize, count: usize) -> Self {
         let mut mask = Self::EMPTY;
-        mask.set_run(0, pages);
+        mask.set_run(first, count);
         mask
     }
 

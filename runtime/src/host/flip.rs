@@ -9,7 +9,8 @@
 //! exact.
 //!
 //! The kernel reports EAGAIN for every partial move, whatever the reason; the rest is asked for again, and the second
-//! answer tells why:
+//! answer tells why. How far a move came is read off the shadow, which nobody else touches: 6.18 can answer EEXIST, and
+//! no progress, for pages it has moved, when one of them was pinned a moment before (an O_DIRECT read that just ended).
 //!
 //! | errno without progress | meaning here |
 //! |---|---|
@@ -115,14 +116,12 @@ impl<'a> Flip<'a> {
                 (at, until) = (until, end);
                 continue;
             };
-            let done = ((partial.done >> PAGE_SHIFT) as usize).min(until - at);
-            self.moved.set_run(at, done);
-            at += done;
-            if at == until {
-                until = end;
-                continue;
-            }
-            if done > 0 {
+            let moved = self.moved_of(at, until, &partial)?;
+            self.moved = self.moved.or(&moved);
+            let stopped = (at..until).find(|page| !moved.get(*page)).unwrap_or(until);
+            if stopped > at {
+                at = stopped;
+                until = if at == until { end } else { until };
                 continue;
             }
             match self.obstacle(at, until, partial.errno) {
@@ -133,6 +132,17 @@ impl<'a> Flip<'a> {
             }
         }
         Ok(true)
+    }
+
+    /// Which of pages `at..until` a call that stopped early has moved. A kernel that moves small pages in batches (6.18)
+    /// may move them all, try its batch again on its own, and answer EEXIST with no progress: the shadow knows better.
+    fn moved_of(&self, at: usize, until: usize, partial: &Partial) -> Result<PageMask, FlipError> {
+        let asked = PageMask::run(at, until - at);
+        if self.way == Way::CopyIn {
+            return Ok(PageMask::run(at, ((partial.done >> PAGE_SHIFT) as usize).min(until - at)));
+        }
+        let there = self.host.pagemap.pages(self.shadow).map_err(|errno| FlipError::Os(errno.0))?.present;
+        Ok(if self.way == Way::Out { asked.and(&there) } else { asked.minus(&there) })
     }
 
     /// Why pages `at..until` did not move, and what to do about it.
