@@ -9,8 +9,8 @@
 //! exact.
 //!
 //! The kernel reports EAGAIN for every partial move, whatever the reason; the rest is asked for again, and the second
-//! answer tells why. How far a move came is read off the shadow, which nobody else touches: 6.18 can answer EEXIST, and
-//! no progress, for pages it has moved, when one of them was pinned a moment before (an O_DIRECT read that just ended).
+//! answer tells why. How far a move came is looked at as well: 6.18 can answer EEXIST, and no progress, for pages it
+//! has moved, when one of them was pinned a moment before (an O_DIRECT read that just ended).
 //!
 //! | errno without progress | meaning here |
 //! |---|---|
@@ -116,7 +116,7 @@ impl<'a> Flip<'a> {
                 (at, until) = (until, end);
                 continue;
             };
-            let moved = self.moved_of(at, until, &partial)?;
+            let moved = self.moved_of(at, until, &partial);
             self.moved = self.moved.or(&moved);
             let stopped = (at..until).find(|page| !moved.get(*page)).unwrap_or(until);
             if stopped > at {
@@ -134,15 +134,18 @@ impl<'a> Flip<'a> {
         Ok(true)
     }
 
-    /// Which of pages `at..until` a call that stopped early has moved. A kernel that moves small pages in batches (6.18)
-    /// may move them all, try its batch again on its own, and answer EEXIST with no progress: the shadow knows better.
-    fn moved_of(&self, at: usize, until: usize, partial: &Partial) -> Result<PageMask, FlipError> {
-        let asked = PageMask::run(at, until - at);
+    /// Which of pages `at..until` a call that stopped early has moved: those that the kernel says, and those that are
+    /// seen at the other side and no longer at this one. A kernel that moves small pages in batches (6.18) may move
+    /// them all, try its batch again on its own, and answer EEXIST with no progress.
+    fn moved_of(&self, at: usize, until: usize, partial: &Partial) -> PageMask {
+        let said = PageMask::run(at, ((partial.done >> PAGE_SHIFT) as usize).min(until - at));
         if self.way == Way::CopyIn {
-            return Ok(PageMask::run(at, ((partial.done >> PAGE_SHIFT) as usize).min(until - at)));
+            return said;
         }
-        let there = self.host.pagemap.pages(self.shadow).map_err(|errno| FlipError::Os(errno.0))?.present;
-        Ok(if self.way == Way::Out { asked.and(&there) } else { asked.minus(&there) })
+        let present = |span| self.host.pagemap.pages(span).map(|pages| pages.present);
+        let (Ok(app), Ok(shadow)) = (present(self.app), present(self.shadow)) else { return said };
+        let seen = if self.way == Way::Out { shadow.minus(&app) } else { app.minus(&shadow) };
+        said.or(&seen.and(&PageMask::run(at, until - at)))
     }
 
     /// Why pages `at..until` did not move, and what to do about it.
