@@ -9,6 +9,7 @@
 use crate::baselines::{Memcpy2m, Uffd4k, time};
 use crate::case::{Case, Result, Setup};
 use crate::memory::{COUNT, Pages, SLOT, Slots};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use std::time::Instant;
 use usvm::device::sim::{Profile, SimConfig};
 use usvm::ground::addr::SZ_4K;
@@ -253,6 +254,18 @@ static STORMS: [StormKind; 4] = [
     },
 ];
 
+/// Keeps the calling thread on one processor, so that threads which share work share nothing else. Where that is not
+/// allowed it runs where it may.
+fn on_processor(index: usize) {
+    let Ok(allowed) = sched_getaffinity(None) else { return };
+    let mut mine = (0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu));
+    if let Some(cpu) = mine.nth(index) {
+        let mut only = CpuSet::new();
+        only.set(cpu);
+        let _ = sched_setaffinity(None, &only);
+    }
+}
+
 impl Storm {
     fn run(&mut self, threads: usize) -> Result<f64> {
         let (runtime, slots) = self.made.as_mut().ok_or("sampled before setup")?;
@@ -264,6 +277,7 @@ impl Storm {
             std::thread::scope(|scope| {
                 for thread in 0..threads {
                     scope.spawn(move || {
+                        on_processor(thread);
                         for range in (thread..STORM).step_by(threads) {
                             touch((base + range * size) as *const u8);
                         }

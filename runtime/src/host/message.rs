@@ -27,12 +27,15 @@ use crate::ground::error::{Errno, Error, Result};
 use linux_raw_sys::general as uapi;
 use rustix::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard};
-use std::time::Duration;
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
+use std::time::{Duration, Instant};
 
 /// Messages taken from the kernel at once.
 const BATCH: usize = 32;
 const MESSAGE: usize = size_of::<uapi::uffd_msg>();
+
+/// Longer than a flip takes.
+const FLIP: Duration = Duration::from_micros(50);
 
 /// One message of the kernel.
 #[derive(Debug)]
@@ -103,6 +106,21 @@ impl Channel {
         self.gate.read().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The gate's other side. A flip takes some microseconds, going to sleep and being woken takes more.
+    fn stop_flips(&self) -> RwLockWriteGuard<'_, ()> {
+        let began = Instant::now();
+        loop {
+            match self.gate.try_write() {
+                Ok(gate) => return gate,
+                Err(TryLockError::Poisoned(poisoned)) => return poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) if began.elapsed() < FLIP => std::thread::yield_now(),
+                Err(TryLockError::WouldBlock) => {
+                    return self.gate.write().unwrap_or_else(PoisonError::into_inner);
+                }
+            }
+        }
+    }
+
     /// Whether an event was read that is not handled yet. Asked with messages held.
     pub(super) fn is_changing(&self) -> bool {
         self.unhandled.load(Ordering::Acquire) > 0
@@ -146,7 +164,7 @@ impl Channel {
         let mut buf = [0u8; BATCH * MESSAGE];
         loop {
             let read = {
-                let _gate = self.gate.write().unwrap_or_else(PoisonError::into_inner);
+                let _gate = self.stop_flips();
                 let read = sys::read(&self.uffd, &mut buf);
                 let events = read.as_ref().map_or(0, |len| events_in(&buf[..*len]));
                 self.unhandled.fetch_add(events, Ordering::AcqRel);

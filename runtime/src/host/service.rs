@@ -12,7 +12,8 @@
 //!
 //! One thread that faults again and again is served by one awake thread, with no hand-over; threads that fault at the
 //! same time are served by as many. Which of the two it is, is learnt: a message that waits when a fault has just been
-//! served says that there is company.
+//! served says that there is company. While there is, a thread that waits for its turn to read stays awake, because waking
+//! it costs more than most faults.
 //!
 //! # Order of events
 //! Reading an event lets the call that caused it return. The messages of one read are handled like this:
@@ -104,6 +105,8 @@ pub struct Service {
     unhandled: Mutex<VecDeque<Message>>,
     queue: Mutex<VecDeque<Fault>>,
     company: AtomicU32,
+    /// How long a thread that is not the reader stays awake for its turn.
+    patience: Duration,
     begun: AtomicU64,
     finished: AtomicU64,
     stop: AtomicBool,
@@ -129,6 +132,7 @@ impl Service {
             unhandled: Mutex::new(VecDeque::with_capacity(256)),
             queue: Mutex::new(VecDeque::with_capacity(256)),
             company: AtomicU32::new(0),
+            patience: spin,
             begun: AtomicU64::new(0),
             finished: AtomicU64::new(0),
             stop: AtomicBool::new(false),
@@ -143,7 +147,7 @@ impl Service {
     /// One service thread. Returns after [`Service::stop`].
     pub fn run(&self) {
         while !self.stop.load(Ordering::Acquire) {
-            let mut reader = self.reader.lock().unwrap_or_else(|p| p.into_inner());
+            let mut reader = self.become_reader();
             if let Err(e) = self.read_and_serve(&mut reader) {
                 tracing::error!("the fault service cannot read: {e}");
                 std::thread::sleep(Duration::from_millis(10));
@@ -153,6 +157,19 @@ impl Service {
             drop(shared);
             self.serve(fault, true);
         }
+    }
+
+    /// Waits for its turn to read. Where there is company it stays awake for a while: to wake it costs more than a fault.
+    fn become_reader(&self) -> MutexGuard<'_, Reader> {
+        let began = Instant::now();
+        while self.company.load(Ordering::Relaxed) > 0 && began.elapsed() < self.patience {
+            match self.reader.try_lock() {
+                Ok(reader) => return reader,
+                Err(TryLockError::Poisoned(poisoned)) => return poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) => std::thread::yield_now(),
+            }
+        }
+        self.reader.lock().unwrap_or_else(|p| p.into_inner())
     }
 
     /// Makes all service threads return.
@@ -255,7 +272,8 @@ impl Service {
         let began = Instant::now();
         let look_until = reader.spin.last + reader.spin.now;
         while Instant::now() < look_until {
-            if self.read(reader)? {
+            // To look takes no gate: flips of other threads go on.
+            if self.host.channel().has_messages() && self.read(reader)? {
                 reader.spin.active(Instant::now(), false);
                 return Ok(());
             }

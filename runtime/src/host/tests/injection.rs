@@ -3,9 +3,10 @@
 use super::*;
 use crate::ground::error::Error;
 use crate::ground::inject::{self, Call};
-use crate::space::ports::{AddressSpace, Shadow};
+use crate::space::ports::{AddressSpace, FlipError, Shadow};
 use std::sync::atomic::AtomicU64;
 use std::sync::{Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 const ERRNOS: [i32; 9] = [
     libc::EAGAIN,
@@ -101,7 +102,13 @@ fn survive(host: &Arc<Host>, area: &Area, there: &PageMask, plan: impl Fn() -> P
     let stopped = plan_during(&plan, || host.flip_in(part, &shadow, &out));
     if let Err(stop) = stopped {
         out = out.minus(&stop.moved);
-        host.flip_in(part, &shadow, &out).unwrap();
+        // An event of usvm's own mremap may not be handled yet: the service would come back later, too.
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while let Err(stop) = host.flip_in(part, &shadow, &out) {
+            assert!(stop.why == FlipError::Again && Instant::now() < deadline, "{stop:?}");
+            out = out.minus(&stop.moved);
+            std::thread::yield_now();
+        }
     }
     assert_eq!(host.present(part), there);
     verify_pages(part, &there);
