@@ -9,61 +9,70 @@ use usvm::Config;
 
 const EXAMPLES: &str = "\
 Examples:
-  usvm doctor                              what this machine offers, and what to do about the rest
-  usvm run -- ./app data.bin               any malloc pointer of ./app works on the device
-  usvm run --stats --vram 1G -- ./app      ... with 1 GiB of device memory, and numbers at the end
-  usvm run --chaos 500 -- ./tests          ... with 500 forced migrations a second: must change nothing
-  usvm top                                 watch it from another terminal
+  usvm doctor                           what this machine offers, and what to do
+  usvm run -- ./app data.bin            any malloc pointer works on the device
+  usvm run --stats --vram 1G -- ./app   with 1 GiB of it, and numbers at the end
+  usvm run --chaos 500 -- ./tests       500 forced migrations a second
+  usvm top                              watch it from another terminal
 
 Exit status: 0 ok, 1 failure, 2 usage. `usvm run` ends as the program does.";
 
 const RUN: &str = "\
-The program is executed in place of usvm: same process, same terminal, signals and exit status are its own.
-What usvm itself has to say goes to stderr. Options become environment variables (--dry-run shows them), so
-that programs started by the program run under usvm as well.
+The program is executed in place of usvm: same process, same terminal; signals and exit status are its own. \
+What usvm has to say goes to stderr. Options become environment variables (--dry-run shows them), so that \
+programs started by the program run under usvm as well.
 
-Statically linked, 32-bit and set-user-ID programs cannot be helped: they run as without usvm, and a line on
+Statically linked, 32-bit and set-user-ID programs cannot be helped: they run as without usvm, and a line on \
 stderr says so.
 
-Exit status: the program's; 126 if it cannot be executed, 127 if it is not found, 2 for wrong options,
+Exit status: the program's; 126 if it cannot be executed, 127 if it is not found, 2 for wrong options or values, \
 1 if usvm's library is missing.
 
 Examples:
   usvm run -- ./app --its-own-option
   usvm run --stats -- python3 train.py
   usvm run --stats-file 'stats-%p.json' --trace 'trace-%p.json' -- ./app
-  usvm run --chaos 500,42 -- ./app         500 forced migrations a second, from seed 42
-  eval \"$(usvm run --dry-run -- ./app)\"     what it would do, as a line for the shell";
+  usvm run --chaos 500,42 -- ./app      forced migrations, from seed 42
+  eval \"$(usvm run --dry-run -- ./app)\"  the same, by the shell";
 
 const DOCTOR: &str = "\
-Each line is ok, warn (usvm works, slower or with a limit) or fail (usvm cannot run), followed by what that
-means and the command that changes it. Nothing is changed by usvm itself.
+Each line is ok, warn (usvm works, slower or with a limit) or fail (usvm cannot run), followed by what that means \
+and the command that changes it. Nothing is changed by usvm itself.
 
 Exit status: 0 if usvm can run, 1 if any line is fail.
 
-JSON (--json): {\"usvm\": VERSION, \"verdict\": \"ok\"|\"warn\"|\"fail\", \"checks\": [{\"group\", \"name\",
-\"status\": \"ok\"|\"warn\"|\"fail\", \"found\", \"means\": TEXT|null, \"fix\": COMMAND|null}]}";
+JSON (--json):
+  {\"usvm\": VERSION, \"verdict\": STATUS, \"checks\": [CHECK, ...]}
+  CHECK:  {\"group\", \"name\", \"status\": STATUS, \"found\",
+           \"means\": TEXT or null, \"fix\": COMMAND or null}
+  STATUS: \"ok\", \"warn\" or \"fail\"";
 
 const DEVICES: &str = "\
-JSON (--json): {\"simulated\": [{\"name\", \"device\", \"memory_bytes\", \"link_gbps\", \"memory_gbps\", \"fault_us\",
-\"submit_us\", \"recoverable_faults\"}], \"drm\": [{\"path\", \"driver\", \"pci\", \"vendor_device\", \"window_bytes\",
-\"accessible\", \"used\"}]}. Bandwidths are in 10^9 bytes a second. What is not known is null.";
+JSON (--json):
+  {\"simulated\": [{\"name\", \"device\", \"memory_bytes\", \"link_gbps\",
+                  \"memory_gbps\", \"fault_us\", \"submit_us\",
+                  \"recoverable_faults\"}, ...],
+   \"drm\": [{\"path\", \"driver\", \"pci\", \"vendor_device\",
+            \"window_bytes\", \"accessible\", \"used\"}, ...]}
+  Bandwidths are in 10^9 bytes a second. What is not known is null.";
 
 const TOP: &str = "\
 Keys: q quit, p pause, left and right choose the column to sort by, up and down scroll.
 
-The process publishes its numbers only while somebody looks. Looking needs the same right as debugging it:
-the same user and no more rights, or root.
+The process publishes its numbers only while somebody looks. Looking needs the same right as debugging it: the \
+same user and no more rights, or root.
 
-Without a terminal, or with --once, one snapshot is printed as text (rates over half a second).
+Without a terminal, or with --once, one snapshot is printed as text, with rates over one delay.
 
 Examples:
-  usvm top                 the process that runs usvm; a choice if there are several
+  usvm top                  the process that runs usvm; a choice if several do
   usvm top 4711
   usvm top --once 4711 | less";
 
 const STATS: &str = "\
-What to read is a file that USVM_STATS_FILE (usvm run --stats-file) named, or the id of a running process.
+What to read is a file that USVM_STATS_FILE (usvm run --stats-file) named, or the id of a running process. A file \
+is printed as it is with --json; a process as {\"usvm\", \"pid\", \"uptime_us\", \"policy\", \"chaos_per_second\", \
+\"devices\", \"stats\", \"ranges\", \"hottest\"}, where stats is what the file would hold.
 
 Examples:
   usvm stats stats-4711.json
