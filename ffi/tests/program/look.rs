@@ -9,7 +9,7 @@ use serde_json::Value;
 use usvm::observe::live::Live;
 use usvm::{Config, Runtime};
 
-use crate::stand::{FOLDER, said, usvm};
+use crate::stand::{FOLDER, STANDIN, said, usvm};
 
 const PART: &str = "USVM_TEST_PART";
 
@@ -97,15 +97,22 @@ fn top_shows_devices_rates_and_ranges_as_text() {
 #[test]
 fn stats_of_a_process_are_those_of_its_page() {
     let player = Player::start("worker");
-    let ended = said(&mut usvm(["stats", "--json", &player.pid()]));
-    let live: Live = serde_json::from_str(&ended.out).unwrap();
+    let look =
+        || serde_json::from_str::<Live>(&said(&mut usvm(["stats", "--json", &player.pid()])).out).unwrap();
+    let busy = |live: &Live| live.stats.cpu_faults > 0 && live.hottest.iter().any(|range| range.to_host > 0);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let mut live = look();
+    while !busy(&live) && Instant::now() < deadline {
+        live = look();
+    }
+    assert!(busy(&live), "{live:?}");
     assert_eq!((live.pid.to_string(), live.devices.len()), (player.pid(), 1));
     assert_eq!(live.devices[0].vram_bytes, 16 << 20);
-    assert!(live.hottest.len() >= 4 && live.hottest.iter().any(|range| range.moves() > 0), "{live:?}");
+    assert!(live.hottest.len() >= 4, "{live:?}");
     let resident: u64 = live.hottest.iter().map(|range| range.resident_bytes).sum();
-    assert!(resident <= 16 << 20 && live.stats.cpu_faults > 0);
+    assert!(resident <= 16 << 20, "{live:?}");
     std::thread::sleep(Duration::from_millis(400));
-    let later: Live = serde_json::from_str(&said(&mut usvm(["stats", "--json", &player.pid()])).out).unwrap();
+    let later = look();
     assert!(later.uptime_us > live.uptime_us && later.stats.gpu_faults > live.stats.gpu_faults);
     let text = said(&mut usvm(["stats", &player.pid()])).out;
     assert!(text.contains("sim:arc-b580:") && text.contains("cpu_faults"), "{text}");
@@ -145,6 +152,25 @@ fn a_program_that_closes_what_it_does_not_know_is_told_of_and_lives() {
         _ => assert!(ended.err.contains("has closed the descriptor"), "{}", ended.err),
     }
     assert!(player.0.try_wait().unwrap().is_none(), "it goes on");
+}
+
+#[test]
+fn a_program_that_has_not_used_a_device_says_so() {
+    let library = FOLDER.path().join("loaded/libusvm_preload.so");
+    fs::create_dir_all(library.parent().unwrap()).unwrap();
+    fs::copy(&*STANDIN, &library).unwrap();
+    let mut sleeper =
+        usvm(["run", "--", "sleep", "60"]).env("USVM_PRELOAD_LIBRARY", &library).spawn().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let loaded = loop {
+        let ended = said(&mut usvm(["stats", &sleeper.id().to_string()]));
+        if ended.err.contains("is loaded") || Instant::now() > deadline {
+            break ended.err;
+        }
+    };
+    sleeper.kill().unwrap();
+    sleeper.wait().unwrap();
+    assert!(loaded.contains("it starts when the program first uses a device"), "{loaded}");
 }
 
 #[test]

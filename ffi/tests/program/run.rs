@@ -138,6 +138,25 @@ fn wrong_words_are_usage_errors_and_run_nothing() {
 }
 
 #[test]
+fn the_heaps_library_comes_first() {
+    let words = ["run", "--heap", "--", "sh", "-c", "echo $LD_PRELOAD $USVM_HEAP"];
+    let folder = FOLDER.path().join("heap");
+    fs::create_dir_all(&folder).unwrap();
+    let [ours, heap] = ["libusvm_preload.so", "libusvm_heap.so"].map(|name| folder.join(name));
+    fs::copy(&*STANDIN, &ours).unwrap();
+    let missing = said(usvm(words).env("USVM_PRELOAD_LIBRARY", &ours));
+    assert_eq!(missing.code, Some(1));
+    assert!(missing.err.contains("libusvm_heap.so is missing"), "{}", missing.err);
+    fs::copy(&*STANDIN, &heap).unwrap();
+    let (ours, heap) = (ours.canonicalize().unwrap(), heap.canonicalize().unwrap());
+    let want = format!("{}:{} 1\n", heap.display(), ours.display());
+    assert_eq!(said(usvm(words).env("USVM_PRELOAD_LIBRARY", &ours)).out, want);
+    let mut by_variable = usvm(words.into_iter().filter(|word| *word != "--heap"));
+    by_variable.env("USVM_PRELOAD_LIBRARY", &ours).env("USVM_HEAP", "on");
+    assert_eq!(said(&mut by_variable).out, want.replace(" 1", " on"));
+}
+
+#[test]
 fn a_missing_library_is_named_and_one_beside_the_program_is_found() {
     let prefix = FOLDER.path().join("prefix");
     let program = prefix.join("bin/usvm");

@@ -312,6 +312,9 @@ pub enum NoPage {
     /// It runs without usvm.
     #[error("usvm does not run in process {0}")]
     NotRunning(u32),
+    /// It has usvm loaded, but has not used a device.
+    #[error("usvm is loaded in process {0} and not running: it starts when the program first uses a device")]
+    NotStarted(u32),
     /// usvm runs there, but the program closed the page's descriptor.
     #[error(
         "process {0} runs usvm, but has closed the descriptor of its live page (daemons close all they do not know); \
@@ -432,7 +435,10 @@ fn find(pid: u32) -> std::result::Result<PathBuf, NoPage> {
         return Ok(path);
     }
     let maps = fs::read_to_string(format!("/proc/{pid}/maps")).map_err(refused)?;
-    let mapped = maps.lines().find(|line| line.ends_with(LINK)).ok_or(NoPage::NotRunning(pid))?;
+    let Some(mapped) = maps.lines().find(|line| line.ends_with(LINK)) else {
+        let loaded = maps.lines().any(|line| line.contains("/libusvm"));
+        return Err(if loaded { NoPage::NotStarted(pid) } else { NoPage::NotRunning(pid) });
+    };
     // The kernel opens a mapping's file for administrators only.
     let place =
         PathBuf::from(format!("/proc/{pid}/map_files/{}", mapped.split(' ').next().unwrap_or_default()));

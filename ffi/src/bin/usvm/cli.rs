@@ -62,7 +62,7 @@ Keys: q quit, p pause, left and right choose the column to sort by, up and down 
 The process publishes its numbers only while somebody looks. Looking needs the same right as debugging it: the \
 same user and no more rights, or root.
 
-Without a terminal, or with --once, one snapshot is printed as text, with rates over one delay.
+Without a terminal, or with --once, one snapshot is printed as text, with rates over one delay (at least 1.2 s).
 
 Examples:
   usvm top                  the process that runs usvm; a choice if several do
@@ -152,7 +152,6 @@ pub struct RunArgs {
     #[arg(
         required = true,
         trailing_var_arg = true,
-        allow_hyphen_values = true,
         value_name = "COMMAND",
         value_hint = ValueHint::CommandWithArguments
     )]

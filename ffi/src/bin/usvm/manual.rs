@@ -31,7 +31,8 @@ pub fn completions(shell: Shell) -> Outcome {
 
 /// `usvm man`.
 pub fn man(directory: Option<&Path>) -> Outcome {
-    let command = Args::command().disable_help_subcommand(true);
+    let mut command = Args::command();
+    command.build();
     let Some(directory) = directory else {
         return say::done(page(&command, true).map_err(|e| e.to_string())?);
     };
@@ -40,7 +41,7 @@ pub fn man(directory: Option<&Path>) -> Outcome {
     write(directory, &command, true).map_err(failed)?;
     for sub in command.get_subcommands().filter(|sub| !sub.is_hide_set()) {
         let name = format!("usvm-{}", sub.get_name());
-        write(directory, &sub.clone().name(name.clone()).display_name(name), false).map_err(failed)?;
+        write(directory, &sub.clone().name(name), false).map_err(failed)?;
     }
     Ok(0)
 }
@@ -52,7 +53,7 @@ fn write(directory: &Path, command: &clap::Command, main: bool) -> io::Result<()
 /// One page; the main one has the environment and the files as well.
 fn page(command: &clap::Command, main: bool) -> io::Result<Vec<u8>> {
     let mut text = Vec::new();
-    let man = Man::new(command.clone());
+    let man = Man::new(command.clone()).source(concat!("usvm ", env!("CARGO_PKG_VERSION"))).manual("usvm");
     man.render_title(&mut text)?;
     man.render_name_section(&mut text)?;
     man.render_synopsis_section(&mut text)?;
@@ -77,18 +78,37 @@ fn page(command: &clap::Command, main: bool) -> io::Result<Vec<u8>> {
     };
     see.control("SH", ["SEE ALSO"]).text([roman(others)]);
     see.to_writer(&mut text)?;
-    man.render_version_section(&mut text)?;
     Ok(text)
 }
 
-/// The words after the options: set as they are, because they hold examples.
+/// The words after the options: each paragraph with a title of its own becomes a section.
 fn notes_section(notes: &str, text: &mut dyn Write) -> io::Result<()> {
+    let titles = [("Examples:", "EXAMPLES"), ("Exit status:", "EXIT STATUS"), ("JSON (--json):", "JSON")];
     let mut roff = Roff::new();
-    roff.control("SH", ["NOTES"]).control("nf", []);
-    for line in notes.lines() {
-        roff.text([roman(line)]);
+    let mut section = "";
+    for paragraph in notes.split("\n\n") {
+        let titled = titles.iter().find_map(|(start, title)| Some((*title, paragraph.strip_prefix(start)?)));
+        let (title, words) = titled.unwrap_or(("NOTES", paragraph));
+        if title != section {
+            roff.control("SH", [title]);
+            section = title;
+        } else {
+            roff.control("PP", []);
+        }
+        // What is indented is to be typed, or a form.
+        let (to_type, prose): (Vec<_>, Vec<_>) =
+            words.lines().filter(|line| !line.is_empty()).partition(|line| line.starts_with("  "));
+        prose.into_iter().for_each(|line| {
+            roff.text([roman(line.trim())]);
+        });
+        if !to_type.is_empty() {
+            roff.control("nf", []);
+            to_type.into_iter().for_each(|line| {
+                roff.text([roman(line)]);
+            });
+            roff.control("fi", []);
+        }
     }
-    roff.control("fi", []);
     roff.to_writer(text)
 }
 

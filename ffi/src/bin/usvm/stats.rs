@@ -31,7 +31,8 @@ fn of_process(pid: u32, json: bool) -> Outcome {
     if json {
         return say::done(say::json(&live)?);
     }
-    say::done(format!("{}\n{}{}", heading(&live, pid), device_lines(&live), table(&live.stats)))
+    let name = command(pid);
+    say::done(format!("{}\n{}{}", heading(&live, pid, &name), device_lines(&live), table(&live.stats)))
 }
 
 /// What the process shows now.
@@ -45,12 +46,11 @@ pub fn look(viewer: &mut Viewer) -> Result<Live, String> {
 }
 
 /// One line that says what is looked at.
-pub fn heading(live: &Live, pid: u32) -> String {
+pub fn heading(live: &Live, pid: u32, name: &str) -> String {
     let chaos = match live.chaos_per_second {
         0 => String::new(),
         rate => format!(", chaos {rate}/s"),
     };
-    let name = command(pid).unwrap_or_else(|| "?".into());
     let up = live.uptime_us / 1_000_000;
     format!(
         "{name} (process {pid}): usvm {} up {}:{:02}:{:02}, policy {}{chaos}, {} ranges",
@@ -63,9 +63,10 @@ pub fn heading(live: &Live, pid: u32) -> String {
     )
 }
 
-/// The name of a process.
-pub fn command(pid: u32) -> Option<String> {
-    fs::read_to_string(format!("/proc/{pid}/comm")).ok().map(|name| name.trim_end().to_owned())
+/// The name of a process; a question mark if it has ended.
+pub fn command(pid: u32) -> String {
+    fs::read_to_string(format!("/proc/{pid}/comm"))
+        .map_or_else(|_| "?".into(), |name| name.trim_end().to_owned())
 }
 
 /// A line for each device.

@@ -40,9 +40,17 @@ pub fn find() -> Result<PathBuf, String> {
     }
 }
 
-/// A library of usvm that lies beside `preload`.
-pub fn beside(preload: &Path, name: &str) -> Option<PathBuf> {
-    Some(preload.with_file_name(name)).filter(|path| path.is_file())
+/// The library of usvm called `name` that lies beside `preload`.
+///
+/// # Errors
+/// Words that name what is missing.
+pub fn beside(preload: &Path, name: &str) -> Result<PathBuf, String> {
+    let path = preload.with_file_name(name);
+    if path.is_file() {
+        Ok(path)
+    } else {
+        Err(format!("{} is missing; install usvm whole (make install)", path.display()))
+    }
 }
 
 /// The directories to look in, for a program at `program`.

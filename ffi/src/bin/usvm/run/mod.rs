@@ -32,6 +32,9 @@ type Environment = BTreeMap<OsString, OsString>;
 /// means something to it only with the first.
 const DRIVER: [(&str, &str); 2] = [("NEOReadDebugKeys", "1"), ("EnableDirectSubmission", "0")];
 
+/// Whether usvm's allocator serves the program's malloc.
+const HEAP: &str = "USVM_HEAP";
+
 /// `usvm run`.
 pub fn run(args: RunArgs) -> Outcome {
     let environment: Environment = std::env::vars_os().collect();
@@ -75,24 +78,23 @@ impl Plan {
             Fitness::Foreign(why) => plan.notes.push(why),
             Fitness::Inert(why) => {
                 plan.notes.push(why);
-                plan.load(args, &preload, environment);
+                plan.load(args, &preload, environment)?;
             }
-            Fitness::Fits => plan.load(args, &preload, environment),
+            Fitness::Fits => plan.load(args, &preload, environment)?,
         }
         plan.options(args)?;
         Ok(plan)
     }
 
     /// The variables that bring usvm into the program and keep its driver's work visible.
-    fn load(&mut self, args: &RunArgs, preload: &Path, environment: &Environment) {
+    fn load(&mut self, args: &RunArgs, preload: &Path, environment: &Environment) -> Result<(), String> {
         let given = |name: &str| environment.get(OsStr::new(name));
-        let mut preloaded = given("LD_PRELOAD").cloned();
-        if args.heap
-            && let Some(heap) = library::beside(preload, library::HEAP)
-        {
-            preloaded = Some(library::joined(preloaded.as_ref(), &heap, true));
+        let mut preloaded = library::joined(given("LD_PRELOAD"), preload, true);
+        if args.heap || given(HEAP).is_some_and(|value| is_on(value)) {
+            // Its malloc must be found before any other.
+            preloaded = library::joined(Some(&preloaded), &library::beside(preload, library::HEAP)?, true);
         }
-        self.set("LD_PRELOAD", library::joined(preloaded.as_ref(), preload, true));
+        self.set("LD_PRELOAD", preloaded);
         self.set("OPENCL_LAYERS", library::joined(given("OPENCL_LAYERS"), preload, false));
         for (name, value) in DRIVER {
             match given(name) {
@@ -103,6 +105,7 @@ impl Plan {
                 _ => self.set(name, value),
             }
         }
+        Ok(())
     }
 
     /// The variables that the options stand for.
@@ -129,7 +132,7 @@ impl Plan {
             }
         }
         if args.heap {
-            self.set("USVM_HEAP", "1");
+            self.set(HEAP, "1");
         }
         Ok(())
     }
@@ -184,6 +187,11 @@ impl Plan {
     }
 }
 
+/// Whether `value` switches something on, as the configuration reads it.
+fn is_on(value: &OsStr) -> bool {
+    ["1", "on", "true", "yes"].iter().any(|word| value.eq_ignore_ascii_case(word))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -191,7 +199,7 @@ mod tests {
     fn plan(args: &RunArgs, environment: &[(&str, &str)]) -> Plan {
         let environment = environment.iter().map(|(k, v)| (k.into(), v.into())).collect();
         let mut plan = Plan { program: "/bin/true".into(), set: Vec::new(), notes: Vec::new() };
-        plan.load(args, Path::new("/l/libusvm_preload.so"), &environment);
+        plan.load(args, Path::new("/l/libusvm_preload.so"), &environment).unwrap();
         plan.options(args).unwrap();
         plan
     }
@@ -219,7 +227,7 @@ mod tests {
     #[test]
     fn options_become_variables() {
         let args = args(
-            "usvm run --stats-file s-%p --trace t --chaos 5,1 --policy remote --device sim --vram 1G --heap -- x",
+            "usvm run --stats-file s-%p --trace t --chaos 5,1 --policy remote --device sim --vram 1G -- x",
         );
         let set: BTreeMap<_, _> = plan(&args, &[]).set.into_iter().collect();
         let get = |name: &str| set[OsStr::new(name)].to_str().unwrap();
@@ -227,7 +235,7 @@ mod tests {
         assert_eq!(get("USVM_STATS_FILE"), here.join("s-%p").to_str().unwrap());
         assert_eq!(get("USVM_TRACE"), here.join("t").to_str().unwrap());
         assert_eq!((get("USVM_CHAOS"), get("USVM_POLICY"), get("USVM_DEVICE")), ("5,1", "remote", "sim"));
-        assert_eq!((get("USVM_VRAM"), get("USVM_HEAP")), ("1G", "1"));
+        assert_eq!(get("USVM_VRAM"), "1G");
         assert_eq!((get("NEOReadDebugKeys"), get("EnableDirectSubmission")), ("1", "0"));
         assert!(!set.contains_key(OsStr::new("USVM_SHOW_STATS")));
     }

@@ -22,8 +22,7 @@ pub fn one_of(pids: &[u32]) -> Result<Option<u32>, String> {
 }
 
 fn ask(terminal: &mut DefaultTerminal, pids: &[u32]) -> io::Result<Option<u32>> {
-    let lines: Vec<String> =
-        pids.iter().map(|pid| format!("{pid:>8}  {}", stats::command(*pid).unwrap_or_default())).collect();
+    let lines: Vec<String> = pids.iter().map(|pid| format!("{pid:>8}  {}", stats::command(*pid))).collect();
     let mut state = ListState::default().with_selected(Some(0));
     loop {
         terminal.draw(|frame| draw(frame, &lines, &mut state))?;

@@ -13,10 +13,13 @@ mod plain;
 mod screen;
 
 use std::io::{self, IsTerminal};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use ratatui::DefaultTerminal;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
+use signal_hook::consts::{SIGHUP, SIGTERM};
 use usvm::observe::live::{self, Viewer};
 
 use crate::cli::TopArgs;
@@ -25,6 +28,9 @@ use model::Model;
 
 /// The process stops publishing when nobody asks for this long, and some.
 const ASK_EVERY: Duration = Duration::from_secs(1);
+
+/// What is printed once looks back for at least so long: ranges are looked through once a second.
+const SHORTEST: Duration = Duration::from_millis(1200);
 
 /// `usvm top`.
 pub fn top(args: &TopArgs) -> Outcome {
@@ -44,7 +50,7 @@ pub fn top(args: &TopArgs) -> Outcome {
     let mut viewer = Viewer::open(pid).map_err(|e| e.to_string())?;
     let mut model = Model::new(pid, stats::look(&mut viewer)?);
     if !on_screen {
-        std::thread::sleep(args.delay);
+        std::thread::sleep(args.delay.max(SHORTEST));
         model.take(stats::look(&mut viewer)?);
         model.name_mappings();
         return say::done(plain::snapshot(&model));
@@ -56,19 +62,28 @@ pub fn top(args: &TopArgs) -> Outcome {
     watched.map(|()| 0).map_err(failed)
 }
 
-/// Draws, looks and listens until the user has seen enough.
+/// Draws, looks and listens until the user has seen enough, or somebody else ends it.
 fn watch(
     terminal: &mut DefaultTerminal,
     mut viewer: Viewer,
     mut model: Model,
     delay: Duration,
 ) -> io::Result<()> {
+    // The terminal must be put right before the process ends.
+    let ended = Arc::new(AtomicBool::new(false));
+    for signal in [SIGTERM, SIGHUP] {
+        signal_hook::flag::register(signal, ended.clone())?;
+    }
     let mut view = screen::View::default();
     let mut next_look = Instant::now() + delay;
     loop {
         terminal.draw(|frame| screen::draw(frame, &model, &mut view))?;
         let wait = next_look.saturating_duration_since(Instant::now()).min(ASK_EVERY);
-        if event::poll(wait)? {
+        let heard = heard(event::poll(wait))?;
+        if ended.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        if heard {
             match event::read()? {
                 Event::Key(key) if key.kind == KeyEventKind::Press && !view.key(meaning(key)) => {
                     return Ok(());
@@ -84,6 +99,14 @@ fn watch(
                 look(&mut viewer, &mut model)?;
             }
         }
+    }
+}
+
+/// A signal may end the waiting for a key.
+fn heard(key: io::Result<bool>) -> io::Result<bool> {
+    match key {
+        Err(e) if e.kind() == io::ErrorKind::Interrupted => Ok(false),
+        other => other,
     }
 }
 

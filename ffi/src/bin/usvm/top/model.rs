@@ -61,6 +61,8 @@ pub struct Hot {
 pub struct Model {
     /// The process.
     pub pid: u32,
+    /// Its name.
+    pub name: String,
     /// What it published last.
     pub now: Live,
     /// Rates and their histories.
@@ -82,6 +84,7 @@ impl Model {
             SERIES.map(|(name, unit, sum)| Series { name, unit, sum, rate: 0, history: VecDeque::new() });
         let mut model = Self {
             pid,
+            name: crate::stats::command(pid),
             now: Live::default(),
             series: series.into(),
             hottest: Vec::new(),

@@ -12,13 +12,13 @@ const BAR: usize = 40;
 
 /// The processes that can be looked at.
 pub fn processes(pids: &[u32]) -> String {
-    let lines = pids.iter().map(|pid| format!("{pid:>8}  {}\n", stats::command(*pid).unwrap_or_default()));
+    let lines = pids.iter().map(|pid| format!("{pid:>8}  {}\n", stats::command(*pid)));
     format!("{:>8}  program\n{}", "process", lines.collect::<String>())
 }
 
 /// All that the screen would show.
 pub fn snapshot(model: &Model) -> String {
-    let mut text = stats::heading(&model.now, model.pid) + "\n";
+    let mut text = stats::heading(&model.now, model.pid, &model.name) + "\n";
     for device in &model.now.devices {
         let (used, all) = (say::bytes(device.allocated_bytes), say::bytes(device.vram_bytes));
         let _ = writeln!(text, "\n{}: {used} of {all} in use", device.name);

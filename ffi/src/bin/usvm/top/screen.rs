@@ -112,7 +112,7 @@ pub fn draw(frame: &mut Frame<'_>, model: &Model, view: &mut View) {
 }
 
 fn heading(frame: &mut Frame<'_>, area: Rect, model: &Model, view: &View) {
-    let mut line = vec![Span::from(stats::heading(&model.now, model.pid)).bold()];
+    let mut line = vec![Span::from(stats::heading(&model.now, model.pid, &model.name)).bold()];
     if view.paused {
         line.push(" [paused]".yellow());
     }
