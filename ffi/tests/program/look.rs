@@ -13,21 +13,26 @@ use crate::stand::{FOLDER, STANDIN, said, usvm};
 
 const PART: &str = "USVM_TEST_PART";
 
-/// Another process of this test binary that plays `part` until its stdin ends.
-struct Player(Child);
+/// Another process of this test binary that plays a part until its stdin ends, and the children it has.
+struct Player(Child, Vec<String>);
 
 impl Player {
     fn start(part: &str) -> Self {
-        let mut child = Command::new(std::env::current_exe().unwrap())
+        let child = Command::new(std::env::current_exe().unwrap())
             .args(["look::player", "--exact", "--nocapture", "--test-threads=1"])
             .env(PART, part)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        let out = BufReader::new(child.stdout.take().unwrap());
-        assert!(out.lines().any(|line| line.unwrap().contains("playing")), "{part} starts");
-        Self(child)
+        let mut player = Self(child, Vec::new());
+        let out = BufReader::new(player.0.stdout.take().unwrap());
+        let begun = out.lines().map(Result::unwrap).any(|line| {
+            player.1.extend(line.split_once("child ").map(|(_, pid)| pid.to_owned()));
+            line.contains("playing")
+        });
+        assert!(begun, "{part} starts");
+        player
     }
 
     fn pid(&self) -> String {
@@ -55,6 +60,9 @@ fn player() {
         // must bear it.
         unsafe { libc::close_range(512, u32::MAX, 0) };
     }
+    if part == "parent" {
+        children();
+    }
     let mut numbers = vec![1u64; 1 << 20];
     let (at, len) = (numbers.as_mut_ptr() as u64, numbers.len() as u64 * 8);
     std::thread::spawn(|| {
@@ -72,6 +80,37 @@ fn player() {
             numbers.iter_mut().step_by(1 << 15).for_each(|number| *number += 1);
         }
         std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Forks a child by the C library and one past it, which both live as long as this process, and says their ids.
+fn children() {
+    for bare in [false, true] {
+        // SAFETY: the children only sleep; they hold copies of everything and use nothing.
+        let pid = unsafe {
+            if bare { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) as i32 } else { libc::fork() }
+        };
+        if pid == 0 {
+            // SAFETY: asks for a signal at the parent's end, and waits for it.
+            unsafe {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                loop {
+                    libc::pause();
+                }
+            }
+        }
+        println!("child {pid}");
+    }
+}
+
+#[test]
+fn forked_children_do_not_show_their_parents_page() {
+    let player = Player::start("parent");
+    assert_eq!(player.1.len(), 2);
+    assert_eq!(said(&mut usvm(["stats", &player.pid()])).code, Some(0));
+    for child in &player.1 {
+        let ended = said(&mut usvm(["stats", child]));
+        assert!(ended.err.contains("does not run in process"), "{}{}", ended.out, ended.err);
     }
 }
 

@@ -93,7 +93,10 @@ fn kernel(release: &str) -> Check {
 fn right(opened: Result<&Report, String>) -> Vec<Check> {
     let reached = match &opened {
         Ok(report) if report.way == Way::UserModeOnly => Check::warn(RIGHT, "faults", report.way.to_string())
-            .means("a system call on memory that is on the device fails with EFAULT; ordinary accesses work")
+            .means(
+                "a system call on memory that is on the device fails with EFAULT; ordinary accesses work. \
+                 Any one of the three above is enough",
+            )
             .fix(fix_of_right()),
         Ok(report) => Check::ok(RIGHT, "faults", format!("{}: also inside system calls", report.way)),
         Err(e) => Check::fail(RIGHT, "faults", e.clone())
@@ -117,7 +120,7 @@ fn right(opened: Result<&Report, String>) -> Vec<Check> {
     vec![
         rung(DEVICE, device, may, fix_of_right()),
         rung("unprivileged", sysctl, allowed, "sudo sysctl vm.unprivileged_userfaultfd=1".into()),
-        rung("CAP_SYS_PTRACE", capability.into(), capable, fix_of_right()),
+        rung("CAP_SYS_PTRACE", capability.into(), capable, "run it as root".into()),
         reached,
     ]
 }
@@ -129,16 +132,16 @@ fn device() -> (String, bool) {
     }
     match rustix::fs::access(DEVICE, Access::READ_OK | Access::WRITE_OK) {
         Ok(()) => ("may be opened".into(), true),
-        Err(e) => (format!("may not be opened: {}", std::io::Error::from(e)), false),
+        Err(_) => ("may not be opened by this user".into(), false),
     }
 }
 
 fn fix_of_right() -> String {
-    if in_container() {
-        return "start the container with --device /dev/userfaultfd (docker, podman)".into();
-    }
     if Path::new(DEVICE).exists() {
         return format!("sudo setfacl -m u:{}:rw {DEVICE}   (until reboot)", user());
+    }
+    if in_container() {
+        return "start the container with --device /dev/userfaultfd (docker, podman)".into();
     }
     "sudo sysctl vm.unprivileged_userfaultfd=1   (until reboot)".into()
 }

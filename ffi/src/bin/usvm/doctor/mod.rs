@@ -120,17 +120,15 @@ fn table(checks: &[Check]) -> String {
             }
         }
     }
-    let count = |status| checks.iter().filter(|check| check.status == status).count();
+    let count = |status, word: &str| {
+        let count = checks.iter().filter(|check| check.status == status).count();
+        format!("{count} {word}{}", if count == 1 { "" } else { "s" })
+    };
+    let warnings = count(Status::Warn, "warning");
     let summary = match verdict(checks) {
         Status::Ok => "usvm can run here".to_owned(),
-        Status::Warn => format!("usvm can run here; {} warnings", count(Status::Warn)),
-        Status::Fail => {
-            format!(
-                "usvm cannot run here: {} failures, {} warnings",
-                count(Status::Fail),
-                count(Status::Warn)
-            )
-        }
+        Status::Warn => format!("usvm can run here; {warnings}"),
+        Status::Fail => format!("usvm cannot run here: {}, {warnings}", count(Status::Fail, "failure")),
     };
     text + &summary + "\n"
 }
@@ -147,7 +145,7 @@ mod tests {
         assert_eq!(verdict(std::slice::from_ref(&ok)), Status::Ok);
         let some = [ok, warn];
         assert_eq!(verdict(&some), Status::Warn);
-        assert!(table(&some).ends_with("usvm can run here; 1 warnings\n"));
+        assert!(table(&some).ends_with("usvm can run here; 1 warning\n"));
         let [ok, warn] = some;
         assert_eq!(verdict(&[ok, fail, warn]), Status::Fail);
     }

@@ -242,6 +242,11 @@ mod tests {
             image[shnum.clone()].fill(0);
         }
         assert!(told("arm", &arm).contains("another machine"));
+        let (glibc, musl) = (b"/lib64/ld-linux-x86-64.so.2", b"/lib/ld-musl-x86_64.so.1\0\0\0");
+        let at = start.windows(glibc.len()).position(|part| part == glibc).unwrap();
+        let mut other = start.clone();
+        other[at..at + musl.len()].copy_from_slice(musl);
+        assert!(told("musl", &other).contains("musl"));
         assert!(told("cut", &start[..40]).contains("damaged"));
         let mut small = vec![0u8; 52];
         small[..7].copy_from_slice(b"\x7fELF\x01\x01\x01");
