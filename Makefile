@@ -3,6 +3,7 @@
 #   make demo [FILE=…]        computes on ordinary heap memory with the embedded device, and checks every byte
 #   make test                 all tests
 #   make bench [JSON=…]       the measurements of usvm-bench micro
+#   make manpages             man pages and shell completions, into target/man and target/completions
 #   make lint                 what CI refuses: formatting, clippy, documentation
 #   make test-kernel-ref      fresh traces of the real kernel's drm_gpusvm in a virtual machine (see tests/kernel-ref)
 
@@ -29,6 +30,17 @@ lint: setup
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --quiet
+
+# What `make install` puts into share/man/man1 and the shells' folders; the program makes all of it itself.
+USVM = "$${CARGO_TARGET_DIR:-target}/release/usvm"
+.PHONY: manpages
+manpages:
+	$(CARGO) build --release --quiet -p usvm-ffi --bin usvm
+	mkdir -p target/man target/completions
+	$(USVM) man target/man
+	$(USVM) completions bash >target/completions/usvm.bash
+	$(USVM) completions zsh >target/completions/_usvm
+	$(USVM) completions fish >target/completions/usvm.fish
 
 clean:
 	$(CARGO) clean

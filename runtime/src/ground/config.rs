@@ -390,9 +390,12 @@ impl OptionRow {
     }
 }
 
+/// Variables that `usvm run` and its libraries read before there is a configuration.
+const LOADING: [&str; 2] = ["USVM_HEAP", "USVM_PRELOAD_LIBRARY"];
+
 /// Names of environment variables that usvm reads.
 pub fn variables() -> impl Iterator<Item = &'static str> {
-    OPTIONS.iter().filter_map(|row| row.env).chain([CONF])
+    OPTIONS.iter().filter_map(|row| row.env).chain([CONF]).chain(LOADING)
 }
 
 impl Default for Config {
@@ -433,6 +436,9 @@ impl Config {
         for (name, value) in environment {
             let Some(name) = name.to_str().filter(|name| name.starts_with("USVM_")) else { continue };
             let row = OPTIONS.iter().position(|row| row.env == Some(name));
+            if LOADING.contains(&name) {
+                continue;
+            }
             if row.is_none() && name != CONF {
                 warnings.push(unknown(name));
                 continue;
@@ -624,6 +630,7 @@ mod tests {
             ("USVM_VRAM", "1536M"),
             ("USVM_STATS_FILE", "s-%p.json"),
             ("USVM_CHAOS", "100,7"),
+            ("USVM_HEAP", "1"),
             ("USVM_CONF", "spin_us = 0; chunk_sizes=64K,4K ;;share=off;visible=256M;workers=3;"),
         ])
         .unwrap();

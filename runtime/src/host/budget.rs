@@ -33,9 +33,11 @@ pub enum Pressure {
 
 /// One limit: how much it allows in all, and how much of that is free.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Room {
-    total: u64,
-    free: u64,
+pub struct Room {
+    /// Bytes in all.
+    pub total: u64,
+    /// Bytes that are free, or freed first.
+    pub free: u64,
 }
 
 impl Room {
@@ -102,7 +104,8 @@ impl Budget {
         self.rooms().into_iter().map(Room::pressure).max().unwrap_or(Pressure::None)
     }
 
-    fn rooms(&self) -> Vec<Room> {
+    /// Every limit that can be read: the machine's, then those of the cgroups around this process, innermost first.
+    pub fn rooms(&self) -> Vec<Room> {
         let groups = self.groups.iter().filter_map(|(folder, files)| group(folder, files));
         machine(&self.root).into_iter().chain(groups).collect()
     }

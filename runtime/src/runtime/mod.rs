@@ -32,6 +32,7 @@
 
 mod chaos;
 mod control;
+mod publish;
 mod watchdog;
 
 use std::fmt;
@@ -48,6 +49,7 @@ use crate::ground::{alloc, thread};
 use crate::host::fork::{self, Handlers};
 use crate::host::service::Service;
 use crate::host::{Host, Options, exempt};
+use crate::observe::live;
 use crate::observe::observer::Observer;
 use crate::observe::stats::{Cause, StatsSnapshot};
 use crate::policy;
@@ -144,6 +146,7 @@ pub(crate) struct Inner {
     observer: Arc<Observer>,
     control: Control,
     brackets: Mutex<Vec<Vec<Arc<Range>>>>,
+    live: Option<live::Page>,
     state: AtomicU8,
 }
 
@@ -236,6 +239,7 @@ fn start(builder: Builder) -> Result<Runtime> {
     let inner = Arc::new(Inner {
         control: Control::start()?,
         brackets: Mutex::default(),
+        live: live::Page::create().inspect_err(|e| tracing::debug!("nobody can look: {e}")).ok(),
         state: AtomicU8::new(RUNNING),
         config,
         host,
@@ -258,6 +262,17 @@ fn publish(inner: &Arc<Inner>) -> Result<()> {
         return Err(Error::NotSupported("a runtime is running in this process already: use that one".into()));
     }
     fork::install(Handlers { prepare: before_fork, parent: after_fork, child: in_child })
+}
+
+/// Checks what only a start would find out: whether the names in `config` mean something.
+///
+/// # Errors
+/// [`Error::Invalid`] that names the option and what is allowed.
+pub fn check(config: &Config) -> Result<()> {
+    device_of(config)?;
+    policy::by_name(&config.policy)?;
+    Copier::named(&config.copy)?;
+    Ok(())
 }
 
 /// The device that the configuration names.
@@ -388,13 +403,21 @@ impl Inner {
             tracing::error!("the trace is incomplete: {e}");
         }
         self.report();
+        self.live.iter().for_each(live::Page::close);
         self.state.store(state, Ordering::Release);
         let raw = CURRENT.swap(std::ptr::null_mut(), Ordering::AcqRel);
         reclaim(raw);
     }
 
+    /// The statistics now.
+    fn snapshot(&self) -> StatsSnapshot {
+        let mut snapshot = self.observer.stats.snapshot();
+        (snapshot.flips, snapshot.flip_fallbacks) = self.host.flip_counts();
+        snapshot
+    }
+
     fn report(&self) {
-        let snapshot = self.observer.stats.snapshot();
+        let snapshot = self.snapshot();
         if self.config.show_stats {
             eprint!("{snapshot}");
         }
@@ -473,6 +496,7 @@ fn in_child() {
     with_current(|inner| {
         inner.state.store(IN_A_CHILD, Ordering::Release);
         inner.host.close();
+        inner.live.iter().for_each(live::Page::close);
         had_one = true;
     });
     if had_one {
@@ -688,10 +712,7 @@ impl Runtime {
 
     /// The statistics now.
     pub fn stats(&self) -> StatsSnapshot {
-        let inner = self.inner();
-        let mut snapshot = inner.observer.stats.snapshot();
-        (snapshot.flips, snapshot.flip_fallbacks) = inner.host.flip_counts();
-        snapshot
+        self.inner().snapshot()
     }
 
     /// Sets the counters to zero; the gauges stay.

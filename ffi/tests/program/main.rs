@@ -1,0 +1,12 @@
+//! The `usvm` program from outside: its exit statuses, what it prints, and what it leaves alone.
+//!
+//! A stand-in takes the place of the preload library, so that what is seen here is the program's doing alone.
+
+mod doctor;
+mod look;
+mod manual;
+mod run;
+mod stand;
+
+// usvm's own memory must not be migratable; the C interface's library sees to it.
+use usvm_ffi as _;
