@@ -235,6 +235,18 @@ pub unsafe fn free(block: *mut c_void) {
     unsafe { je::free(block) }
 }
 
+/// C23's `free_sized`: as [`free`], faster because the size is told.
+///
+/// # Safety
+/// `block` is NULL or a block that [`malloc`], [`calloc`] or [`realloc`] made with this size, not used afterwards.
+#[inline]
+pub unsafe fn free_sized(block: *mut c_void, size: usize) {
+    if !block.is_null() {
+        // SAFETY: the caller's contract.
+        unsafe { je::sdallocx(block, size.max(1), 0) }
+    }
+}
+
 /// The bytes that `block` really has; 0 for NULL.
 ///
 /// # Safety
@@ -303,4 +315,3 @@ pub(crate) unsafe fn resize(block: *mut u8, align: usize, size: usize) -> *mut u
         }
     }
 }
-

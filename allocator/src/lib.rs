@@ -24,7 +24,7 @@ mod spans;
 
 use std::alloc::{GlobalAlloc, Layout};
 
-pub use heap::{aligned_alloc, calloc, free, malloc, owns, realloc, usable_size};
+pub use heap::{aligned_alloc, calloc, free, free_sized, malloc, owns, realloc, usable_size};
 
 /// The heap alone, without the routing.
 #[derive(Debug, Default, Clone, Copy)]
