@@ -116,13 +116,13 @@ fn small(size: usize, align: usize) -> Option<usize> {
 pub(crate) fn alloc(size: usize, align: usize) -> *mut u8 {
     match small(size, align) {
         Some(size) => local::alloc(size),
-        None => large::alloc(size, align, false),
+        None => large::alloc(local::arena(), size, align, false),
     }
 }
 
 #[inline(always)]
 pub(crate) fn alloc_zeroed(size: usize, align: usize) -> *mut u8 {
-    let Some(small) = small(size, align) else { return large::alloc(size, align, true) };
+    let Some(small) = small(size, align) else { return large::alloc(local::arena(), size, align, true) };
     let block = local::alloc(small);
     if !block.is_null() {
         // SAFETY: the block has at least `size` bytes.
@@ -154,7 +154,7 @@ pub(crate) unsafe fn resize(block: *mut u8, size: usize, align: usize) -> *mut u
             // Half empty at most: moving to a smaller block is not worth it before.
             Some(old) if size <= old && size >= old / 2 => return block,
             Some(old) => old,
-            None if small(size, align).is_none() => return large::resize(block, size, align),
+            None if small(size, align).is_none() => return large::resize(local::arena(), block, size, align),
             None => large::usable_size(block),
         };
         let new = alloc(size, align);

@@ -3,8 +3,7 @@
 //! # Overview
 //! jemalloc keeps everything it knows about blocks (extent records, caches) apart from the blocks, so freeing a block
 //! writes nothing into it. usvm makes its own jemalloc arenas whose extent hooks take memory from [`crate::spans`], with
-//! their metadata *not* taken through these hooks, and binds each thread to one of them at the thread's first allocation.
-//! One more arena, with jemalloc's own hooks, holds the bookkeeping of small blocks. User memory and bookkeeping
+//! their metadata *not* taken through these hooks; each thread's heap uses one of them, by number. One more arena, with jemalloc's own hooks, holds the bookkeeping of small blocks. User memory and bookkeeping
 //! never share a page. Freed memory is returned to the system by jemalloc's decay, by default within ten seconds of
 //! further use.
 //!
@@ -12,17 +11,15 @@
 //! pages (mremap) where it cannot grow in place: nothing is copied, and what is on the device is not fetched to be copied.
 //!
 //! # Locking
-//! jemalloc's locks, which are set right around fork by handlers that it registers itself. Binding takes none of ours.
+//! jemalloc's locks, which are set right around fork by handlers that it registers itself. There are none of ours.
 //!
 //! # Limits
-//! Blocks that libc allocates while jemalloc starts (it is called by what it calls) come from jemalloc's own first
-//! arena: they are not in a span, and are still known to [`owns`].
+//! Where there can be no arena of ours, blocks come from jemalloc's own: they are not in a span, and are still known.
 //!
 //! # Safety
 //! The functions have C's contracts. Blocks go back to the allocator that made them, as jemalloc finds it by address.
 #![allow(unsafe_code)]
 
-use std::cell::Cell;
 use std::ffi::{c_int, c_uint, c_void};
 use std::ptr;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -32,17 +29,12 @@ use tikv_jemalloc_sys as je;
 use crate::slab::SLAB;
 use crate::spans::{self, SPAN};
 
-thread_local! {
-    /// Whether this thread was bound to one of our arenas (or is being bound).
-    static BOUND: Cell<bool> = const { Cell::new(false) };
-}
-
 /// Arenas at most; there are as many as processors.
 const MOST_ARENAS: usize = 64;
 
 /// jemalloc's numbers of our arenas; 0 is none (its own first arena).
 static ARENAS: [AtomicU32; MOST_ARENAS] = [const { AtomicU32::new(0) }; MOST_ARENAS];
-static THREADS: AtomicU32 = AtomicU32::new(0);
+static HEAPS: AtomicU32 = AtomicU32::new(0);
 /// The arena for bookkeeping.
 static BOOKKEEPING: AtomicU32 = AtomicU32::new(0);
 
@@ -128,26 +120,6 @@ struct ArenaConfig {
     metadata_use_hooks: bool,
 }
 
-#[cold]
-#[inline(never)]
-fn bind() {
-    // First, so that what jemalloc and libc allocate meanwhile does not come here again.
-    BOUND.set(true);
-    let turn = THREADS.fetch_add(1, Ordering::Relaxed) as usize;
-    let Some(slot) = ARENAS.get(turn % processors()) else { return };
-    let Some(mut arena) = arena(slot, create) else { return };
-    // SAFETY: the name is a C string and the value has the type that jemalloc documents for it.
-    unsafe {
-        je::mallctl(
-            c"thread.arena".as_ptr(),
-            ptr::null_mut(),
-            ptr::null_mut(),
-            (&raw mut arena).cast(),
-            size_of::<c_uint>(),
-        )
-    };
-}
-
 /// The arena whose number `slot` keeps, made if there is none yet.
 #[inline]
 fn arena(slot: &AtomicU32, create: fn() -> Option<c_uint>) -> Option<c_uint> {
@@ -167,7 +139,7 @@ fn arena(slot: &AtomicU32, create: fn() -> Option<c_uint>) -> Option<c_uint> {
 fn create() -> Option<c_uint> {
     let mut config = ArenaConfig { hooks: &raw mut HOOKS, metadata_use_hooks: false };
     let (mut arena, mut len) = (0 as c_uint, size_of::<c_uint>());
-    // SAFETY: as in `bind`; the hooks live as long as the process.
+    // SAFETY: the names are C strings and the values have the types that jemalloc documents for them; the hooks live as long as the process.
     let failed = unsafe {
         je::mallctl(
             c"experimental.arenas_create_ext".as_ptr(),
@@ -183,7 +155,7 @@ fn create() -> Option<c_uint> {
 /// An arena for bookkeeping.
 fn create_plain() -> Option<c_uint> {
     let (mut arena, mut len) = (0 as c_uint, size_of::<c_uint>());
-    // SAFETY: as in `bind`.
+    // SAFETY: as in `create`.
     let failed = unsafe {
         je::mallctl(c"arenas.create".as_ptr(), (&raw mut arena).cast(), &raw mut len, ptr::null_mut(), 0)
     };
@@ -196,25 +168,27 @@ fn processors() -> usize {
     usize::try_from(n).unwrap_or(1).clamp(1, MOST_ARENAS)
 }
 
-#[inline(always)]
-fn ready() {
-    if !BOUND.get() {
-        bind();
-    }
+/// What makes jemalloc take memory from this arena; `None` if there can be no arena.
+pub(crate) type Arena = c_int;
+
+/// The next arena, in turn: each heap has one.
+pub(crate) fn next_arena() -> Option<Arena> {
+    let turn = HEAPS.fetch_add(1, Ordering::Relaxed) as usize;
+    let number = arena(ARENAS.get(turn % processors())?, create)?;
+    Some(je::MALLOCX_ARENA(number as usize) | je::MALLOCX_TCACHE_NONE)
 }
 
 /// Memory for a slab, null when there is none.
-pub(crate) fn slab() -> *mut u8 {
-    ready();
+pub(crate) fn slab(arena: Arena) -> *mut u8 {
     // SAFETY: a size that is not zero and a power of two.
-    unsafe { je::mallocx(SLAB, je::MALLOCX_ALIGN(SLAB) | je::MALLOCX_TCACHE_NONE).cast() }
+    unsafe { je::mallocx(SLAB, je::MALLOCX_ALIGN(SLAB) | arena).cast() }
 }
 
 /// Takes a slab's memory back.
 pub(crate) fn free_slab(memory: *mut u8) {
     if !memory.is_null() {
         // SAFETY: made by `slab`; nobody uses it.
-        unsafe { je::sdallocx(memory.cast(), SLAB, je::MALLOCX_ALIGN(SLAB) | je::MALLOCX_TCACHE_NONE) }
+        unsafe { je::sdallocx(memory.cast(), SLAB, je::MALLOCX_ALIGN(SLAB) | PLAIN) }
     }
 }
 
@@ -230,76 +204,75 @@ pub(crate) fn bookkeeping(size: usize) -> *mut u8 {
 pub(crate) fn free_bookkeeping(memory: *mut u8) {
     if !memory.is_null() {
         // SAFETY: made by `bookkeeping`; nobody uses it.
-        unsafe { je::dallocx(memory.cast(), je::MALLOCX_TCACHE_NONE) }
+        unsafe { je::dallocx(memory.cast(), PLAIN) }
     }
 }
 
-/// A block for a thread or at a time that has no slabs.
-pub(crate) fn fallback(size: usize) -> *mut u8 {
-    ready();
-    // SAFETY: jemalloc's small blocks of a power of two and of our other sizes are aligned as the size allows.
-    unsafe { je::mallocx(size, je::MALLOCX_ALIGN(1 << size.trailing_zeros())).cast() }
-}
+/// Without its own caches: what is small enough for them comes from slabs.
+const PLAIN: c_int = je::MALLOCX_TCACHE_NONE;
 
 /// What makes blocks of whole ranges begin at one, and `align`.
 #[inline]
-fn flags(size: usize, align: usize) -> c_int {
+fn aligned(size: usize, align: usize) -> c_int {
     let align = if size >= SPAN { align.max(SPAN) } else { align };
-    if align <= 4096 { 0 } else { je::MALLOCX_ALIGN(align) }
+    if align <= 16 { 0 } else { je::MALLOCX_ALIGN(align) }
 }
 
-/// A block of `size` bytes, more than a page, at a multiple of `align`, a power of two. Zeroed if asked for; fresh memory is
-/// zero and is not written.
-#[inline]
-pub(crate) fn alloc(size: usize, align: usize, zero: bool) -> *mut u8 {
-    ready();
+/// A block of `size` bytes, not 0, at a multiple of `align`, a power of two. Zeroed if asked for; fresh memory is zero and is not
+/// written.
+pub(crate) fn alloc(arena: Option<Arena>, size: usize, align: usize, zero: bool) -> *mut u8 {
     let zero = if zero { je::MALLOCX_ZERO } else { 0 };
-    // SAFETY: the size is not zero.
-    unsafe { je::mallocx(size, flags(size, align) | zero).cast() }
+    // SAFETY: the size is not zero; a block that is not null has it.
+    unsafe {
+        let block: *mut u8 = je::mallocx(size, aligned(size, align) | arena.unwrap_or(PLAIN) | zero).cast();
+        if size >= SPAN && !block.is_null() {
+            spans::prefer_huge_pages(block, size);
+        }
+        block
+    }
 }
 
 /// Frees a block of jemalloc's; nothing happens for null.
 ///
 /// # Safety
 /// C's.
-#[inline]
 pub(crate) unsafe fn free(block: *mut u8) {
-    // SAFETY: the caller's contract.
-    unsafe { je::free(block.cast()) }
+    if !block.is_null() {
+        // SAFETY: the caller's contract.
+        unsafe { je::dallocx(block.cast(), PLAIN) }
+    }
 }
 
 /// As [`free`], for a block of [`alloc`] with this size and alignment.
 ///
 /// # Safety
 /// As [`free`].
-#[inline]
 pub(crate) unsafe fn free_sized(block: *mut u8, size: usize, align: usize) {
     // SAFETY: the caller's contract.
-    unsafe { je::sdallocx(block.cast(), size, flags(size, align)) }
+    unsafe { je::sdallocx(block.cast(), size, aligned(size, align) | PLAIN) }
 }
 
-/// Makes a block of jemalloc's `size` bytes large, more than a page. Null, with the old block still there, when there is no
-/// memory.
+/// Makes a block of jemalloc's `size` bytes large, not 0. Null, with the old block still there, when there is no memory.
 ///
 /// # Safety
 /// C's.
-pub(crate) unsafe fn resize(block: *mut u8, size: usize, align: usize) -> *mut u8 {
-    ready();
+pub(crate) unsafe fn resize(arena: Option<Arena>, block: *mut u8, size: usize, align: usize) -> *mut u8 {
+    let flags = aligned(size, align) | arena.unwrap_or(PLAIN);
     // SAFETY: the caller's contract: the block is jemalloc's and the caller's; its usable bytes are its own.
     unsafe {
         let old = je::malloc_usable_size(block.cast());
         if old < SPAN || size <= old {
-            return je::rallocx(block.cast(), size, flags(size, align)).cast();
+            return je::rallocx(block.cast(), size, flags).cast();
         }
-        if je::xallocx(block.cast(), size, 0, flags(size, align)) >= size {
+        if je::xallocx(block.cast(), size, 0, flags) >= size {
             return block;
         }
-        let new = alloc(size, align, false);
+        let new = alloc(arena, size, align, false);
         if !new.is_null() {
             if !spans::move_pages(block, new, old) {
                 ptr::copy_nonoverlapping(block, new, old);
             }
-            je::dallocx(block.cast(), 0);
+            free(block);
         }
         new
     }

@@ -29,7 +29,7 @@ use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, Ordering};
 
 use crate::class::{self, CLASSES, LARGEST};
-use crate::large;
+use crate::large::{self, Arena};
 use crate::slab::{self, Place, Slab};
 
 /// Empty slabs that a heap keeps.
@@ -48,6 +48,8 @@ pub(crate) struct Heap {
     spare_count: usize,
     mail: AtomicPtr<Slab>,
     state: AtomicU8,
+    /// Where its memory comes from; `None` if there can be none.
+    arena: Option<Arena>,
     /// The next of all heaps.
     next: *mut Heap,
 }
@@ -77,6 +79,7 @@ impl Heap {
             spare_count: 0,
             mail: AtomicPtr::new(ptr::null_mut()),
             state: AtomicU8::new(OWNED),
+            arena: None,
             next: ptr::null_mut(),
         }
     }
@@ -136,16 +139,26 @@ pub(crate) unsafe fn block_size(block: *const u8) -> Option<usize> {
 fn alloc_slowly(class: usize) -> *mut u8 {
     let heap = own();
     if heap.is_null() {
-        return large::fallback(class::size(class));
+        return without_slab(None, class);
     }
     // SAFETY: the heap is this thread's.
     unsafe {
-        if !(*heap).mail.load(Ordering::Relaxed).is_null() {
-            read_mail(heap);
-        }
         let slab = with_blocks(heap, class);
-        if slab.is_null() { large::fallback(class::size(class)) } else { Slab::pop(slab) }
+        if slab.is_null() { without_slab((*heap).arena, class) } else { Slab::pop(slab) }
     }
+}
+
+/// A block where there can be no slab, as aligned as the class is.
+fn without_slab(arena: Option<Arena>, class: usize) -> *mut u8 {
+    let size = class::size(class);
+    large::alloc(arena, size, 1 << size.trailing_zeros(), false)
+}
+
+/// The arena for this thread's large blocks.
+pub(crate) fn arena() -> Option<Arena> {
+    let heap = own();
+    // SAFETY: heaps live forever, and this field is written before the heap is published.
+    if heap.is_null() { None } else { unsafe { (*heap).arena } }
 }
 
 /// The current slab of the class, with something on its stack; null when there is no memory.
@@ -159,6 +172,10 @@ unsafe fn with_blocks(heap: *mut Heap, class: usize) -> *mut Slab {
             }
             Slab::put(current, Place::Full);
             (*heap).current[class] = slab::nothing();
+        }
+        // As late as can be, so that others have freed much before it is collected, and are not at it meanwhile.
+        if (*heap).listed[class].is_null() && !(*heap).mail.load(Ordering::Relaxed).is_null() {
+            read_mail(heap);
         }
         let listed = (*heap).listed[class];
         let next = if !listed.is_null() {
@@ -180,7 +197,10 @@ unsafe fn fresh(heap: *mut Heap, class: usize) -> *mut Slab {
     // SAFETY: the caller owns the heap and so its spares.
     unsafe {
         let slab = match (*heap).spare_count {
-            0 => slab::make(heap, class),
+            0 => match (*heap).arena {
+                Some(arena) => slab::make(heap, arena, class),
+                None => ptr::null_mut(),
+            },
             count => {
                 let spare = (*heap).spares[count - 1];
                 if !Slab::reuse(spare, class) {
@@ -365,7 +385,7 @@ fn adopt() -> *mut Heap {
         if new.is_null() {
             return new;
         }
-        new.write(Heap::new());
+        new.write(Heap { arena: large::next_arena(), ..Heap::new() });
         let mut head = HEAPS.load(Ordering::Relaxed);
         loop {
             (*new).next = head;

@@ -167,8 +167,8 @@ fn prepare() -> bool {
 ///
 /// # Safety
 /// The caller owns `heap`.
-pub(crate) unsafe fn make(heap: *mut Heap, class: usize) -> *mut Slab {
-    let memory = large::slab();
+pub(crate) unsafe fn make(heap: *mut Heap, arena: large::Arena, class: usize) -> *mut Slab {
+    let memory = large::slab(arena);
     // The first slab is what makes the first reservation, which the table covers.
     let covered = TABLE.len.load(Ordering::Acquire) != 0 || prepare();
     let Some((slab, _)) = record_of(memory).filter(|_| covered) else {

@@ -27,8 +27,8 @@ const MOST: usize = 64;
 /// The first reservation that is tried; later ones may be smaller.
 const LARGEST: usize = 1 << 40;
 const SMALLEST: usize = 64 << 20;
-/// So much of the heap is begun with small pages, so that a small program stays small.
-const SMALL_PAGES: usize = 4 << 20;
+/// So much of the heap begins with small pages, so that a small program stays small.
+const SMALL_PAGES: usize = 32 << 20;
 
 struct Reservation {
     base: AtomicUsize,
@@ -60,11 +60,7 @@ pub(crate) fn take(size: usize, align: usize) -> Option<*mut u8> {
             return None;
         }
         if let Some(at) = reservation.cut(size, align.max(SPAN)) {
-            return open(
-                at,
-                size,
-                index == 0 && at + size <= reservation.base.load(Ordering::Relaxed) + SMALL_PAGES,
-            );
+            return open(at, size, index == 0 && has_small_pages(at));
         }
     }
     None
@@ -75,6 +71,22 @@ pub(crate) fn first() -> Option<(usize, usize)> {
     let first = RESERVATIONS.first()?;
     let base = first.base.load(Ordering::Acquire);
     (base != 0).then(|| (base, first.end.load(Ordering::Relaxed) - base))
+}
+
+/// Whether `at`, in the first reservation or any other, is where small pages are.
+fn has_small_pages(at: usize) -> bool {
+    first().is_some_and(|(base, _)| at.wrapping_sub(base) < SMALL_PAGES)
+}
+
+/// Asks for huge pages for the whole ranges of a large block, wherever it is.
+///
+/// # Safety
+/// The bytes belong to a span that the caller took.
+pub(crate) unsafe fn prefer_huge_pages(at: *mut u8, size: usize) {
+    if has_small_pages(at.addr()) {
+        // SAFETY: the caller's contract; the advice changes no contents.
+        unsafe { libc::madvise(at.cast(), size - size % SPAN, libc::MADV_HUGEPAGE) };
+    }
 }
 
 /// Zeroed memory of its own, apart from all user memory, that costs nothing until it is written.

@@ -21,7 +21,7 @@ use heap::Heap;
 use patterns::{ALL, Pattern};
 use serde::{Deserialize, Serialize};
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// What the others are compared with.
 const RIVAL: &str = "mimalloc";
@@ -60,6 +60,7 @@ pub struct One {
 #[derive(Serialize, Deserialize)]
 struct Told {
     millis: Vec<f64>,
+    cpu_millis: Vec<f64>,
     check: u64,
     peak_kib: u64,
 }
@@ -71,10 +72,14 @@ pub struct Line {
     heap: &'static str,
     median_ms: f64,
     p90_ms: f64,
+    /// The median of the time on processors, which other programs on the machine disturb less.
+    cpu_ms: f64,
     n: usize,
     peak_rss_kib: u64,
     /// How many times as fast as mimalloc.
     speed: Option<f64>,
+    /// The same by time on processors.
+    cpu_speed: Option<f64>,
     /// Its memory for each byte of mimalloc's.
     rss: Option<f64>,
 }
@@ -85,6 +90,7 @@ pub struct Mean {
     heap: &'static str,
     patterns: usize,
     speed: f64,
+    cpu_speed: f64,
     rss: f64,
 }
 
@@ -105,18 +111,25 @@ impl One {
         let pattern = ALL.iter().find(|p| p.name == self.pattern).ok_or("no such pattern")?;
         let work = || (pattern.run)(heap, self.threads as usize);
         let check = work();
-        let mut millis = Vec::new();
+        let (mut millis, mut cpu_millis) = (Vec::new(), Vec::new());
         for _ in 0..self.runs {
-            let start = Instant::now();
+            let (start, cpu) = (Instant::now(), cpu_time());
             let again = std::hint::black_box(work());
             millis.push(start.elapsed().as_secs_f64() * 1e3);
+            cpu_millis.push((cpu_time() - cpu).as_secs_f64() * 1e3);
             if again != check {
                 return Err("two runs gave different results".into());
             }
         }
-        println!("{}", serde_json::to_string(&Told { millis, check, peak_kib: peak_kib()? })?);
+        println!("{}", serde_json::to_string(&Told { millis, cpu_millis, check, peak_kib: peak_kib()? })?);
         Ok(())
     }
+}
+
+/// The time that this process's threads ran on processors.
+fn cpu_time() -> Duration {
+    let spent = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    Duration::new(spent.tv_sec as u64, spent.tv_nsec as u32)
 }
 
 /// This process's most resident memory.
@@ -183,8 +196,12 @@ fn start(pattern: &str, heap: &str, runs: u32, threads: u32) -> Result<Told> {
 }
 
 fn line(pattern: &'static str, heap: &'static str, told: &[Told]) -> Line {
-    let mut millis: Vec<f64> = told.iter().flat_map(|t| t.millis.iter().copied()).collect();
-    millis.sort_by(f64::total_cmp);
+    let sorted = |of: fn(&Told) -> &[f64]| {
+        let mut all: Vec<f64> = told.iter().flat_map(|t| of(t).iter().copied()).collect();
+        all.sort_by(f64::total_cmp);
+        all
+    };
+    let (millis, cpu) = (sorted(|t| &t.millis), sorted(|t| &t.cpu_millis));
     let mut peaks: Vec<u64> = told.iter().map(|t| t.peak_kib).collect();
     peaks.sort_unstable();
     let n = millis.len();
@@ -193,9 +210,11 @@ fn line(pattern: &'static str, heap: &'static str, told: &[Told]) -> Line {
         heap,
         median_ms: millis[n / 2],
         p90_ms: millis[(n * 9 / 10).min(n - 1)],
+        cpu_ms: cpu[cpu.len() / 2],
         n,
         peak_rss_kib: peaks[peaks.len() / 2],
         speed: None,
+        cpu_speed: None,
         rss: None,
     }
 }
@@ -204,6 +223,7 @@ fn compare(mut lines: Vec<Line>) -> Vec<Line> {
     if let Some(rival) = lines.iter().find(|l| l.heap == RIVAL).cloned() {
         for line in &mut lines {
             line.speed = Some(rival.median_ms / line.median_ms);
+            line.cpu_speed = Some(rival.cpu_ms / line.cpu_ms);
             line.rss = Some(line.peak_rss_kib as f64 / rival.peak_rss_kib as f64);
         }
     }
@@ -221,6 +241,7 @@ fn mean(heap: &'static str, lines: &[Line]) -> Option<Mean> {
         heap,
         patterns: own.len(),
         speed: geometric(own.iter().map(|l| l.speed).collect())?,
+        cpu_speed: geometric(own.iter().map(|l| l.cpu_speed).collect())?,
         rss: geometric(own.iter().map(|l| l.rss).collect())?,
     })
 }
@@ -228,8 +249,19 @@ fn mean(heap: &'static str, lines: &[Line]) -> Option<Mean> {
 impl Comparison {
     /// For people.
     pub fn table(&self) -> Table {
-        let mut table =
-            Table::new(&["pattern", "heap", "median_ms", "p90_ms", "n", "peak_rss_kib", "speed", "rss"]);
+        let head = [
+            "pattern",
+            "heap",
+            "median_ms",
+            "p90_ms",
+            "cpu_ms",
+            "n",
+            "peak_rss_kib",
+            "speed",
+            "cpu_speed",
+            "rss",
+        ];
+        let mut table = Table::new(&head);
         let ratio = |r: Option<f64>| r.map_or_else(|| "-".into(), |r| format!("{r:.3}"));
         for l in &self.results {
             table.row([
@@ -237,9 +269,11 @@ impl Comparison {
                 l.heap.into(),
                 number(l.median_ms),
                 number(l.p90_ms),
+                number(l.cpu_ms),
                 l.n.to_string(),
                 l.peak_rss_kib.to_string(),
                 ratio(l.speed),
+                ratio(l.cpu_speed),
                 ratio(l.rss),
             ]);
         }
@@ -250,9 +284,11 @@ impl Comparison {
                 m.heap.into(),
                 dash(),
                 dash(),
+                dash(),
                 m.patterns.to_string(),
                 dash(),
                 ratio(Some(m.speed)),
+                ratio(Some(m.cpu_speed)),
                 ratio(Some(m.rss)),
             ]);
         }
@@ -276,7 +312,8 @@ mod tests {
 
     #[test]
     fn ratios_are_against_the_rival() {
-        let told = |ms: f64, kib| Told { millis: vec![ms, ms, ms], check: 1, peak_kib: kib };
+        let told =
+            |ms: f64, kib| Told { millis: vec![ms; 3], cpu_millis: vec![ms; 3], check: 1, peak_kib: kib };
         let lines = compare(vec![
             line("x", "usvm", &[told(50.0, 300)]),
             line("x", RIVAL, &[told(100.0, 200), told(100.0, 200)]),

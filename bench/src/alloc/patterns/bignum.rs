@@ -14,7 +14,7 @@ struct Whole {
 struct Maths(Heap);
 
 /// Limbs enough for products of two numbers below the largest modulus here.
-const MOST: usize = 24;
+const MOST: usize = 12;
 type Scratch = [u32; MOST];
 
 impl Whole {
@@ -144,7 +144,7 @@ fn isqrt(n: u128) -> u64 {
 /// A(k)² ≡ ±Q(k+1) modulo the number, which is checked.
 pub fn cfrac(heap: Heap, _: usize) -> u64 {
     const NUMBER: u128 = 9_671_406_556_917_033_397_931_773_049_104_447;
-    const STEPS: usize = 30_000;
+    const STEPS: usize = 60_000;
     let m = Maths(heap);
     let mut limbs = [0; MOST];
     for (i, limb) in limbs.iter_mut().take(4).enumerate() {

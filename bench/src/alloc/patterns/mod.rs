@@ -8,7 +8,8 @@ mod slots;
 mod smartheap;
 mod stress;
 
-use super::heap::Heap;
+use super::heap::{Block, Heap};
+use std::sync::{Mutex, PoisonError};
 
 /// One pattern.
 pub struct Pattern {
@@ -105,6 +106,33 @@ impl Random {
         let span = (high / low).max(2).ilog2() as usize;
         let base = low << self.below(span);
         (base + self.below(base + 1)).min(high)
+    }
+}
+
+/// Blocks on their way to other threads. Few fit, so that memory does not depend on which thread runs when.
+pub struct Mail(Vec<Mutex<Vec<Block>>>);
+
+impl Mail {
+    /// For so many threads.
+    pub fn new(threads: usize) -> Self {
+        Self((0..threads).map(|_| Mutex::default()).collect())
+    }
+
+    /// Sends `blocks` to a thread that frees them; frees them here if that thread is behind.
+    pub fn send(&self, heap: Heap, to: usize, blocks: &mut Vec<Block>) {
+        {
+            let mut waiting = self.0[to % self.0.len()].lock().unwrap_or_else(PoisonError::into_inner);
+            if waiting.len() <= 4 * blocks.len() {
+                waiting.append(blocks);
+            }
+        }
+        blocks.drain(..).for_each(|b| heap.free(b));
+    }
+
+    /// Frees what has arrived.
+    pub fn free(&self, heap: Heap, index: usize) {
+        let arrived = std::mem::take(&mut *self.0[index].lock().unwrap_or_else(PoisonError::into_inner));
+        arrived.into_iter().for_each(|b| heap.free(b));
     }
 }
 

@@ -1,8 +1,7 @@
 //! The patterns of the SmartHeap benchmarks: rows of small blocks, freed newest first, oldest first, and scattered.
 
 use super::super::heap::{Block, Heap};
-use super::{Random, on_threads};
-use std::sync::Mutex;
+use super::{Mail, Random, on_threads};
 
 const ROUNDS: usize = 60;
 const ROW: usize = 2_000;
@@ -57,11 +56,11 @@ pub fn sh6bench(heap: Heap, threads: usize) -> u64 {
 /// Every second block is freed by the next thread.
 pub fn sh8bench(heap: Heap, threads: usize) -> u64 {
     const BATCH: usize = 200;
-    let mailboxes: Vec<Mutex<Vec<Block>>> = (0..threads).map(|_| Mutex::default()).collect();
+    let mail = Mail::new(threads);
     let sum = on_threads(threads, |index| {
         let mut random = Random::new(index as u64 + 3);
         let (mut kept, mut leaving, mut turn) = (Vec::new(), Vec::with_capacity(BATCH), 0usize);
-        let give = |block: Block| {
+        let mut give = |block: Block| {
             turn += 1;
             if turn.is_multiple_of(2) {
                 heap.free(block);
@@ -69,16 +68,14 @@ pub fn sh8bench(heap: Heap, threads: usize) -> u64 {
             }
             leaving.push(block);
             if leaving.len() == BATCH {
-                mailboxes[(index + 1) % threads].lock().expect("no thread panics").append(&mut leaving);
-                let arrived = std::mem::take(&mut *mailboxes[index].lock().expect("no thread panics"));
-                arrived.into_iter().for_each(|b| heap.free(b));
+                mail.send(heap, index + 1, &mut leaving);
+                mail.free(heap, index);
             }
         };
-        let mut give = give;
         let sum = (0..ROUNDS).map(|_| round(heap, &mut random, &mut kept, &mut give)).sum();
         kept.into_iter().chain(leaving).for_each(|b| heap.free(b));
         sum
     });
-    mailboxes.into_iter().flat_map(|m| m.into_inner().expect("no thread panics")).for_each(|b| heap.free(b));
+    (0..threads).for_each(|index| mail.free(heap, index));
     sum
 }

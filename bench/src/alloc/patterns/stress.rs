@@ -1,7 +1,7 @@
 //! Patterns with all sizes whose blocks cross threads.
 
 use super::super::heap::{Block, Heap};
-use super::{Random, on_threads};
+use super::{Mail, Random, on_threads};
 use std::sync::Mutex;
 
 /// mimalloc's stress test: each generation of threads allocates, frees, keeps a part, and exchanges another part with the
@@ -63,7 +63,7 @@ pub fn rptest(heap: Heap, threads: usize) -> u64 {
     const LOOPS: usize = 300;
     const BLOCKS: usize = 1000;
     const TURNS: usize = 1000;
-    let mailboxes: Vec<Mutex<Vec<Block>>> = (0..threads).map(|_| Mutex::default()).collect();
+    let mail = Mail::new(threads);
     let sum = on_threads(threads, |index| {
         let mut random = Random::new(index as u64 + 77);
         // The smaller of two: twice as many in the lower half.
@@ -79,13 +79,12 @@ pub fn rptest(heap: Heap, threads: usize) -> u64 {
                 let old = std::mem::replace(&mut table[slot], block);
                 if round % 2 == 1 && turn % 4 == 0 { leaving.push(old) } else { heap.free(old) }
             }
-            mailboxes[(index + 1) % threads].lock().expect("no thread panics").append(&mut leaving);
-            let arrived = std::mem::take(&mut *mailboxes[index].lock().expect("no thread panics"));
-            arrived.into_iter().for_each(|b| heap.free(b));
+            mail.send(heap, index + 1, &mut leaving);
+            mail.free(heap, index);
         }
         table.into_iter().for_each(|b| heap.free(b));
         sum
     });
-    mailboxes.into_iter().flat_map(|m| m.into_inner().expect("no thread panics")).for_each(|b| heap.free(b));
+    (0..threads).for_each(|index| mail.free(heap, index));
     sum
 }
