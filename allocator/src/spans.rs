@@ -1,0 +1,199 @@
+//! The address space that user memory comes from: a few large reservations, handed out in spans of whole 2 MiB.
+//!
+//! # Overview
+//! A reservation is address space without access (no memory, no commit charge). [`take`] opens the next 2 MiB-aligned
+//! piece of it for reading and writing and asks for huge pages. Spans are never given back: whoever took one keeps it
+//! and returns its pages with [`drop_pages`] instead, so addresses are always in one of a few known places, and
+//! [`owns`] is a comparison.
+//!
+//! # Locking
+//! None. The next free address is an atomic; reservations are published in a table of atomics.
+//!
+//! # Limits
+//! A reservation is as large as RLIMIT_AS lets it be (1 TiB down to 64 MiB), and there are at most `MOST` of them.
+//!
+//! # Safety
+//! Every address given out lies in a reservation made here, and is given out once: the cursor only moves forward.
+#![allow(unsafe_code)]
+
+use std::ptr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// The size of a huge page, and of the steps in which memory is taken.
+pub(crate) const SPAN: usize = 2 << 20;
+
+/// Reservations at most.
+const MOST: usize = 64;
+/// The first reservation that is tried; later ones may be smaller.
+const LARGEST: usize = 1 << 40;
+const SMALLEST: usize = 64 << 20;
+/// So much of the heap begins with small pages, so that a small program stays small.
+const SMALL_PAGES: usize = 32 << 20;
+
+struct Reservation {
+    base: AtomicUsize,
+    end: AtomicUsize,
+    next: AtomicUsize,
+}
+
+static RESERVATIONS: [Reservation; MOST] = [const {
+    Reservation { base: AtomicUsize::new(0), end: AtomicUsize::new(0), next: AtomicUsize::new(0) }
+}; MOST];
+
+/// Whether `at` lies in memory that was, or may yet be, given out here.
+#[inline]
+pub(crate) fn owns(at: usize) -> bool {
+    RESERVATIONS
+        .iter()
+        .map_while(|r| match r.base.load(Ordering::Acquire) {
+            0 => None,
+            base => Some(at >= base && at < r.end.load(Ordering::Relaxed)),
+        })
+        .any(|inside| inside)
+}
+
+/// Opens `size` bytes at a multiple of `align` (both powers or multiples of [`SPAN`]); `None` when there is no room.
+pub(crate) fn take(size: usize, align: usize) -> Option<*mut u8> {
+    let size = size.checked_next_multiple_of(SPAN)?;
+    for (index, reservation) in RESERVATIONS.iter().enumerate() {
+        if reservation.base.load(Ordering::Acquire) == 0 && !reserve(index, size.checked_add(align)?) {
+            return None;
+        }
+        if let Some(at) = reservation.cut(size, align.max(SPAN)) {
+            return open(at, size, index == 0 && has_small_pages(at));
+        }
+    }
+    None
+}
+
+/// The first reservation's begin and length.
+pub(crate) fn first() -> Option<(usize, usize)> {
+    let first = RESERVATIONS.first()?;
+    let base = first.base.load(Ordering::Acquire);
+    (base != 0).then(|| (base, first.end.load(Ordering::Relaxed) - base))
+}
+
+/// Whether `at`, in the first reservation or any other, is where small pages are.
+fn has_small_pages(at: usize) -> bool {
+    first().is_some_and(|(base, _)| at.wrapping_sub(base) < SMALL_PAGES)
+}
+
+/// Asks for huge pages for the whole ranges of a large block, wherever it is.
+///
+/// # Safety
+/// The bytes belong to a span that the caller took.
+pub(crate) unsafe fn prefer_huge_pages(at: *mut u8, size: usize) {
+    if has_small_pages(at.addr()) {
+        // SAFETY: the caller's contract; the advice changes no contents.
+        unsafe { libc::madvise(at.cast(), size - size % SPAN, libc::MADV_HUGEPAGE) };
+    }
+}
+
+/// Zeroed memory of its own, apart from all user memory, that costs nothing until it is written.
+pub(crate) fn zeroed(size: usize) -> Option<*mut u8> {
+    map(size, libc::PROT_READ | libc::PROT_WRITE)
+}
+
+impl Reservation {
+    fn cut(&self, size: usize, align: usize) -> Option<usize> {
+        let end = self.end.load(Ordering::Relaxed);
+        let mut next = self.next.load(Ordering::Relaxed);
+        loop {
+            let at = next.checked_next_multiple_of(align)?;
+            let after = at.checked_add(size).filter(|after| *after <= end)?;
+            match self.next.compare_exchange_weak(next, after, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => return Some(at),
+                Err(now) => next = now,
+            }
+        }
+    }
+}
+
+/// Makes the span usable.
+fn open(at: usize, size: usize, small: bool) -> Option<*mut u8> {
+    let at = ptr::with_exposed_provenance_mut::<u8>(at);
+    // SAFETY: the bytes belong to a reservation of ours and were given out just now, to us.
+    unsafe {
+        if libc::mprotect(at.cast(), size, libc::PROT_READ | libc::PROT_WRITE) != 0 {
+            return None;
+        }
+        if !small {
+            // Without huge pages it only gets slower.
+            libc::madvise(at.cast(), size, libc::MADV_HUGEPAGE);
+        }
+    }
+    Some(at)
+}
+
+/// Fills the table's entry `index` with address space for at least `least` bytes. True if the entry is filled, by
+/// whomever.
+fn reserve(index: usize, least: usize) -> bool {
+    let Some(entry) = RESERVATIONS.get(index) else { return false };
+    let mut size = LARGEST;
+    while size >= SMALLEST.max(least) {
+        if let Some(at) = map(size + SPAN, libc::PROT_NONE) {
+            let at = at.expose_provenance();
+            let base = at.next_multiple_of(SPAN);
+            // Another thread may have been faster: then this piece of address space is given back. Bounds are written
+            // by the winner of the exchange on `next` only, and become visible with `base`.
+            if entry.next.compare_exchange(0, base, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+                entry.end.store(base + size, Ordering::Relaxed);
+                entry.base.store(base, Ordering::Release);
+                return true;
+            }
+            // SAFETY: mapped above; nobody has seen it.
+            unsafe { libc::munmap(ptr::with_exposed_provenance_mut(at), size + SPAN) };
+            while entry.base.load(Ordering::Acquire) == 0 {
+                std::hint::spin_loop();
+            }
+            return true;
+        }
+        size /= 4;
+    }
+    entry.base.load(Ordering::Acquire) != 0
+}
+
+/// Address space of its own. Leaves the program at least three quarters of what RLIMIT_AS allows.
+fn map(size: usize, protection: libc::c_int) -> Option<*mut u8> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the kernel fills the structure.
+    let limited = unsafe { libc::getrlimit(libc::RLIMIT_AS, &raw mut limit) } == 0
+        && limit.rlim_cur != libc::RLIM_INFINITY;
+    if limited && size as u64 > limit.rlim_cur / 4 {
+        return None;
+    }
+    // SAFETY: a new private anonymous mapping at an address of the kernel's choice touches nothing else.
+    let at = unsafe {
+        libc::mmap(
+            ptr::null_mut(),
+            size,
+            protection,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            -1,
+            0,
+        )
+    };
+    (at != libc::MAP_FAILED).then_some(at.cast())
+}
+
+/// Gives the pages of `[at, at + size)` back to the system; they read as zero afterwards. False if the system refused.
+///
+/// # Safety
+/// The bytes belong to a span that the caller took, and nobody uses what they contain.
+pub(crate) unsafe fn drop_pages(at: *mut u8, size: usize) -> bool {
+    // SAFETY: the caller's contract.
+    unsafe { libc::madvise(at.cast(), size, libc::MADV_DONTNEED) == 0 }
+}
+
+/// Moves the pages of `[from, from + size)` to `to`, where they replace what was there; `from` reads as zero afterwards. False if
+/// the system refused, and nothing moved.
+///
+/// # Safety
+/// Both are whole pages of spans that the caller took; they do not overlap, and nobody uses them meanwhile.
+pub(crate) unsafe fn move_pages(from: *mut u8, to: *mut u8, size: usize) -> bool {
+    // Without DONTUNMAP there would be a hole that somebody else's mapping could take.
+    let how = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
+    // SAFETY: the caller's contract.
+    let moved = unsafe { libc::mremap(from.cast(), size, size, how, to.cast::<libc::c_void>()) };
+    moved != libc::MAP_FAILED
+}
