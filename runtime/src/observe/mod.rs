@@ -7,3 +7,4 @@ pub mod latency;
 pub mod observer;
 pub mod stats;
 pub mod trace;
+pub mod watch;

@@ -28,6 +28,7 @@ use crate::ground::addr::{PageMask, SZ_4K, Span};
 use crate::ground::error::{Error, Result};
 use crate::observe::stats::{Cause, Counter};
 use crate::observe::trace::EventKind as Traced;
+use crate::observe::watch::Change;
 use crate::space::mover::{Mover, Range};
 use crate::space::notifier::RangeFlags;
 use crate::space::ports::{Advice, Facts, FlipError, GpuAccess, Placement, Return, Vma};
@@ -685,6 +686,7 @@ impl Svm {
     /// [`Svm::unmapped`] as an event: `read_on` is done again and again while another thread has a range in its hands, which
     /// may be waiting for an event of its own to be read.
     pub fn unmapped_meanwhile(&self, span: Span, read_on: &dyn Fn()) {
+        self.mover.observer.watch.tell(Change::Unmapped, span);
         self.abandon_landings(span, read_on);
         let mut kept = Vec::new();
         for range in self.invalidate(EventKind::Unmap, span) {
@@ -722,6 +724,7 @@ impl Svm {
     /// The kernel reports before it drops, and lets the caller go on when the report is read. A page that leaves in
     /// between would escape, and its old contents would come back: see `Svm::being_dropped`.
     pub fn discarded(&self, span: Span, read_on: &dyn Fn()) {
+        self.mover.observer.watch.tell(Change::Dropped, span);
         self.dropping().push((span, Instant::now()));
         self.abandon_landings(span, read_on);
         for range in self.invalidate(EventKind::Clear, span) {
@@ -738,6 +741,7 @@ impl Svm {
     /// is read. So the contents leave their range here and land when the kernel lets them.
     pub fn moved(&self, from: u64, to: u64, len: u64, read_on: &dyn Fn()) {
         let old = Span::sized(from, len);
+        self.mover.observer.watch.tell(Change::Moved, old);
         let shift = to.wrapping_sub(from);
         self.unmapped_ranges_only(Span::sized(to, len), read_on);
         self.mover.host.moved(from, to, len);
@@ -982,6 +986,7 @@ impl Svm {
             sum.device += bytes(&m.vram.and(&part));
             sum.strayed += bytes(&m.strayed.and(&part));
             sum.retained += bytes(&m.retained.and(&part));
+            sum.dirty += bytes(&m.vram.minus(&m.fresh).and(&part));
             if m.shared {
                 sum.shared += bytes(&part);
             }
