@@ -3,6 +3,7 @@
 #   make demo [FILE=…]        computes on ordinary heap memory with the embedded device, and checks every byte
 #   make test                 all tests
 #   make bench [JSON=…]       the measurements of usvm-bench micro
+#   make install              the C library: PREFIX=/usr/local DESTDIR=
 #   make lint                 what CI refuses: formatting, clippy, documentation
 #   make test-kernel-ref      fresh traces of the real kernel's drm_gpusvm in a virtual machine (see tests/kernel-ref)
 
@@ -29,6 +30,14 @@ lint: setup
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --quiet
+
+# The C library: libusvm.so and .a, headers, usvm.pc, CMake package.
+PREFIX ?= /usr/local
+DESTDIR ?=
+.PHONY: install
+install:
+	$(CARGO) build --release --quiet -p usvm-ffi --lib
+	sh ffi/install.sh "$${CARGO_TARGET_DIR:-target}/release/libusvm_ffi.a" "$(PREFIX)" "$(DESTDIR)"
 
 clean:
 	$(CARGO) clean

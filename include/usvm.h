@@ -22,6 +22,7 @@
  *  - Pointers are checked: NULL, unreadable and unwritable ones are errors, not crashes.
  *  - Handles (device, space, fence, notifier) are numbers in the shape of pointers, checked at each use: one that was
  *    destroyed, or that belongs to another kind or to the time before usvm_shutdown, is USVM_ERROR_INVALID_HANDLE.
+ *    Between usvm_shutdown and the next usvm_init everything that needs usvm is USVM_ERROR_NOT_RUNNING.
  *  - Structures begin with their size as the caller knows it (struct_size, or size), so that they can grow.
  *  - Addresses and lengths are bytes. A range need not be aligned: what is not a matter of contents (advise, prefetch,
  *    evict, attributes, notifiers) is done for all pages that it touches.

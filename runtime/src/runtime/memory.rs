@@ -11,7 +11,7 @@ use crate::ground::error::{Error, Result};
 use crate::ground::sync::Fence;
 use crate::observe::stats::Cause;
 use crate::observe::watch::Change;
-use crate::space::ports::{Advice, Vma};
+use crate::space::ports::{Advice, GpuAccess, Vma};
 use crate::space::residency::{Residence, bytes};
 use crate::space::svm::{Svm, Want};
 
@@ -179,21 +179,22 @@ impl Runtime {
         })
     }
 
-    /// Whether all of `[addr, addr + len)` is mapped, and readable, or writable (`write`). The error names the first
-    /// address that is not.
-    pub fn check_mapped(&self, addr: u64, len: u64, write: bool) -> Result<()> {
+    /// Whether all of `[addr, addr + len)` is mapped, and allows `access` if one is named. The error has the first
+    /// address where it is not so.
+    pub fn check_mapped(&self, addr: u64, len: u64, access: Option<GpuAccess>) -> Result<()> {
         let span = Span::sized(addr, len).page_aligned();
         self.call(move |svm| {
-            check_all(svm, span, |vma, at| {
-                if !vma.read && !vma.write {
-                    return Err(Error::Gone { addr: at });
-                }
-                if write && !vma.write {
-                    return Err(Error::NotWritable { addr: at });
-                }
-                Ok(())
+            check_all(svm, span, |vma, at| match access {
+                Some(_) if !vma.read && !vma.write => Err(Error::Gone { addr: at }),
+                Some(access) if access.writes() && !vma.write => Err(Error::NotWritable { addr: at }),
+                _ => Ok(()),
             })
         })
+    }
+
+    /// The addresses that devices can reach.
+    pub fn limits(&self) -> Span {
+        self.inner().svm.space.config().limits
     }
 }
 
