@@ -20,7 +20,9 @@ mkdir -p "$out"
 whole=$out/usvm.o
 ${LD:-ld} -r --whole-archive "$archive" -o "$whole.tmp"
 keep=""
-for name in $watched; do keep="$keep --keep-global-symbol=$name"; done
+for name in $watched; do
+    keep="$keep --redefine-sym=usvm_watched_$name=$name --keep-global-symbol=$name"
+done
 # shellcheck disable=SC2086
 ${OBJCOPY:-objcopy} --strip-debug --remove-section=.llvmbc --remove-section=.llvmcmd \
     --wildcard --keep-global-symbol='usvm_*' $keep "$whole.tmp" "$whole"

@@ -269,8 +269,9 @@ typedef struct usvm_access {
 
 /**
  * Begins a use of n ranges by the space's device, for work that usvm does not launch: all of them become resident or
- * mapped, coherent, and stay so until usvm_end_access. The device may then read and write them, the CPU may read and
- * write what the device only reads; a CPU access to what was moved waits for the end. Accesses may overlap.
+ * mapped, coherent, and stay so until usvm_end_access. A CPU access to what went to the device waits for that end: let
+ * no thread touch it that has to call usvm_end_access. What shares pages or migration units with other data does not go
+ * (except for atomics), it is mapped: that other data stays usable. Accesses may overlap.
  *
  * fence NULL: returns when it is so; usvm_end_access(space, NULL) ends it, on the same thread, the last begun first.
  * Otherwise *fence gets a fence that is signalled when it is so, and that names this access to usvm_end_access.
@@ -348,8 +349,10 @@ typedef struct usvm_notifier *usvm_notifier_t;
  *  - MIGRATE is told after the pages moved, on a thread of usvm; what is held by usvm_begin_access does not migrate.
  *  - All that was told late is told before the next usvm_begin_access, usvm_fence_wait or usvm_prefetch returns.
  *
+ * Those calls wait for callbacks that run at the time: hold no lock around them that a callback takes.
+ *
  * A callback may call anything of usvm, touch any memory, and unmap; it is not told of what it does itself. It is not
- * called with any lock of usvm held. The thread that called munmap waits for it.
+ * called with any lock of usvm held, and must not end by an exception or longjmp. The thread that called munmap waits.
  */
 USVM_API usvm_result_t usvm_notifier_register(usvm_space_t space, const void *ptr, size_t len,
                                               usvm_notifier_callback_t callback, void *user, usvm_notifier_t *notifier);

@@ -1,8 +1,11 @@
-//! Functions of the C library that change mappings, under their own names: for the sake of notifiers.
+//! Functions of the C library that change mappings, for the sake of notifiers.
 //!
 //! # Overview
 //! While a notifier is registered, `munmap` and its like tell callbacks first and then make the system call. Otherwise,
 //! and for usvm's own calls, they are the system call and nothing else.
+//!
+//! Their symbols here are `usvm_watched_munmap` and so on; libusvm.so and libusvm.a have them as `munmap` (ffi/link.sh
+//! renames them), and the preload library's own functions of these names call them.
 //!
 //! For this to happen the library must come before the C library in the search order: a program that links with it or
 //! preloads it. The names carry no symbol version, so that references to `munmap@GLIBC_2.2.5` of other libraries find
@@ -44,7 +47,7 @@ fn span(at: Address, len: usize) -> Span {
 }
 
 /// munmap(2).
-#[unsafe(no_mangle)]
+#[unsafe(export_name = "usvm_watched_munmap")]
 pub unsafe extern "C" fn munmap(addr: Address, len: usize) -> c_int {
     // SAFETY: the caller's.
     let real = || unsafe { libc::syscall(libc::SYS_munmap, addr, len) };
@@ -52,7 +55,7 @@ pub unsafe extern "C" fn munmap(addr: Address, len: usize) -> c_int {
 }
 
 /// mmap(2).
-#[unsafe(no_mangle)]
+#[unsafe(export_name = "usvm_watched_mmap")]
 pub unsafe extern "C" fn mmap(
     addr: Address,
     len: usize,
@@ -73,7 +76,7 @@ pub unsafe extern "C" fn mmap(
 }
 
 /// mmap64(3), which is mmap where offsets have 64 bits.
-#[unsafe(no_mangle)]
+#[unsafe(export_name = "usvm_watched_mmap64")]
 pub unsafe extern "C" fn mmap64(
     addr: Address,
     len: usize,
@@ -87,7 +90,7 @@ pub unsafe extern "C" fn mmap64(
 }
 
 /// mremap(2). In C the last argument may be left out; what is then in its register is not looked at.
-#[unsafe(no_mangle)]
+#[unsafe(export_name = "usvm_watched_mremap")]
 pub unsafe extern "C" fn mremap(addr: Address, old: usize, new: usize, flags: c_int, to: Address) -> Address {
     let wants_place = flags & (libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP) != 0;
     let to = if wants_place { to } else { std::ptr::null_mut() };
@@ -108,7 +111,7 @@ pub unsafe extern "C" fn mremap(addr: Address, old: usize, new: usize, flags: c_
 }
 
 /// madvise(2).
-#[unsafe(no_mangle)]
+#[unsafe(export_name = "usvm_watched_madvise")]
 pub unsafe extern "C" fn madvise(addr: Address, len: usize, advice: c_int) -> c_int {
     // SAFETY: the caller's.
     let real = || unsafe { libc::syscall(libc::SYS_madvise, addr, len, advice) };
@@ -123,7 +126,7 @@ pub unsafe extern "C" fn madvise(addr: Address, len: usize, advice: c_int) -> c_
 }
 
 /// mprotect(2).
-#[unsafe(no_mangle)]
+#[unsafe(export_name = "usvm_watched_mprotect")]
 pub unsafe extern "C" fn mprotect(addr: Address, len: usize, prot: c_int) -> c_int {
     // SAFETY: the caller's.
     let real = || unsafe { libc::syscall(libc::SYS_mprotect, addr, len, prot) };

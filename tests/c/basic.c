@@ -131,6 +131,29 @@ static void accessing(usvm_space_t space, unsigned char *data, unsigned char *ot
     OK(usvm_fence_destroy(fence));
     OK(usvm_fence_destroy(second));
     data[0] = 1; /* would wait for ever if it were still held */
+
+    /* What only shares its pages or its range with what is held stays usable, by the holder, too. */
+    struct {
+        char before[300], held[200], after[300];
+        usvm_fence_t fence;
+    } *mixed = malloc(sizeof *mixed);
+    CHECK(mixed != NULL);
+    memset(mixed, 1, sizeof *mixed);
+    usvm_access_t small = {mixed->held, sizeof mixed->held, USVM_ACCESS_WRITE, 0};
+    OK(usvm_begin_access(space, &small, 1, NULL));
+    OK(usvm_begin_access(space, &small, 1, &mixed->fence));
+    mixed->before[0] = mixed->after[0] = 2;
+    char *more = malloc(5000);
+    CHECK(more != NULL);
+    memset(more, 1, 5000);
+    free(more);
+    OK(usvm_fence_wait(mixed->fence, -1));
+    OK(usvm_end_access(space, mixed->fence));
+    OK(usvm_end_access(space, NULL));
+    OK(usvm_fence_destroy(mixed->fence));
+    OK(usvm_fill(space, mixed->held, 3, sizeof mixed->held));
+    CHECK(mixed->before[0] == 2 && mixed->before[299] == 1 && mixed->held[199] == 3 && mixed->after[0] == 2);
+    free(mixed);
 }
 
 static void counting(usvm_space_t space) {

@@ -11,13 +11,13 @@
 //! Pointers go through [`super::user`]; ranges are addresses here and never followed.
 #![allow(unsafe_code)]
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{MutexGuard, PoisonError};
 use std::time::Duration;
 
 use usvm::{Access, Bracket, Error, GpuAccess, Runtime};
 
 use super::handles::{self, Id, Space, Work};
-use super::memory::range;
+use super::memory::{hand_out, range};
 use super::notify;
 use super::result::{Done, Failure, USVM_ERROR_TIMEOUT, call, invalid, usvm_result_t};
 use super::types::*;
@@ -105,27 +105,32 @@ fn begin_later(
     accesses: &[Access],
     at: *mut usvm_fence_t,
 ) -> Done {
-    user::check_writable("fence", at)?;
-    let (bracket, fence) = runtime.begin_access_later(on.device, accesses).map_err(|e| which(accesses, e))?;
-    let work = Arc::new(Work {
-        fence,
-        space: space.0.addr() as Id,
-        access: true,
-        bracket: Mutex::new(Some(bracket)),
-    });
-    let mut tables = handles::lock();
-    let added = tables.space(space).map(|_| tables.works.add(work.clone()));
-    drop(tables);
-    match added {
-        Ok(id) => user::write("fence", at, usvm_fence_t(handles::shape(id))),
-        Err(failure) => {
-            end(runtime, &work)?;
-            Err(failure)
-        }
+    hand_out(space, at, true, |work| {
+        let (bracket, fence) =
+            runtime.begin_access_later(on.device, accesses).map_err(|e| which(accesses, e))?;
+        *bracket_of(work) = Some(bracket);
+        Ok(fence)
+    })?;
+    // A space that was destroyed meanwhile may have been looked through before the bracket was there.
+    let still = handles::lock().space(space).map(drop);
+    if still.is_err() {
+        end_all_of(space, runtime)?;
     }
+    still
 }
 
-fn begun(space: &Space) -> std::sync::MutexGuard<'_, Vec<(u64, Bracket)>> {
+fn end_all_of(space: usvm_space_t, runtime: &Runtime) -> Done {
+    let id = space.0.addr() as Id;
+    let works: Vec<_> =
+        handles::lock().works.iter().filter(|(_, w)| w.space == id).map(|(_, w)| w.clone()).collect();
+    works.iter().try_for_each(|work| end(runtime, work).map(drop))
+}
+
+fn bracket_of(work: &Work) -> MutexGuard<'_, Option<Bracket>> {
+    work.bracket.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn begun(space: &Space) -> MutexGuard<'_, Vec<(u64, Bracket)>> {
     space.begun.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -137,7 +142,7 @@ fn take_begun(space: &Space, thread: u64) -> Option<Bracket> {
 
 /// Ends the access of `work`; `false` if it has none (any more).
 fn end(runtime: &Runtime, work: &Work) -> Done<bool> {
-    let bracket = work.bracket.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let bracket = bracket_of(work).take();
     let Some(bracket) = bracket else { return Ok(false) };
     runtime.end_access(bracket)?;
     Ok(true)
@@ -175,7 +180,7 @@ pub extern "C" fn usvm_fence_wait(fence: usvm_fence_t, timeout_ns: i64) -> usvm_
             0.. => Some(Duration::from_nanos(timeout_ns.unsigned_abs())),
             _ => return Err(invalid("timeout_ns", format_args!("{timeout_ns} is neither -1 nor a time"))),
         };
-        if !work.fence.wait(timeout)? {
+        if !work.fence.wait().wait(timeout)? {
             return Err(Failure::new(
                 USVM_ERROR_TIMEOUT,
                 format_args!("fence: not signalled within {timeout_ns} ns"),

@@ -14,7 +14,7 @@
 use std::cell::Cell;
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use usvm::{Bracket, Fence, Runtime};
 
@@ -67,7 +67,8 @@ pub(crate) struct Space {
 /// Work that ends; and an access, where it is the beginning of one.
 #[derive(Debug)]
 pub(crate) struct Work {
-    pub(crate) fence: Fence,
+    /// Set a moment after the handle is out.
+    pub(crate) fence: OnceLock<Fence>,
     pub(crate) space: Id,
     pub(crate) access: bool,
     pub(crate) bracket: Mutex<Option<Bracket>>,

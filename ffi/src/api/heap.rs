@@ -21,7 +21,7 @@ fn fail(code: usvm_result_t, errno: i32, message: std::fmt::Arguments<'_>) -> *m
     std::ptr::null_mut()
 }
 
-fn given(block: *mut u8, size: usize) -> *mut c_void {
+fn given(block: *mut c_void, size: usize) -> *mut c_void {
     if block.is_null() {
         return fail(
             USVM_ERROR_OUT_OF_HOST_MEMORY,
@@ -29,7 +29,7 @@ fn given(block: *mut u8, size: usize) -> *mut c_void {
             format_args!("size: no memory for {size} bytes"),
         );
     }
-    block.cast()
+    block
 }
 
 /// See the header.
@@ -57,7 +57,7 @@ pub extern "C" fn usvm_calloc(count: usize, size: usize) -> *mut c_void {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn usvm_realloc(ptr: *mut c_void, size: usize) -> *mut c_void {
     // SAFETY: the caller's.
-    given(unsafe { heap::realloc(ptr.cast(), size) }, size)
+    given(unsafe { heap::realloc(ptr, size) }, size)
 }
 
 /// See the header.
@@ -78,7 +78,7 @@ pub extern "C" fn usvm_aligned_alloc(alignment: usize, size: usize) -> *mut c_vo
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn usvm_free(ptr: *mut c_void) {
     // SAFETY: the caller's.
-    unsafe { heap::free(ptr.cast()) }
+    unsafe { heap::free(ptr) }
 }
 
 /// See the header.
@@ -91,5 +91,5 @@ pub unsafe extern "C" fn usvm_usable_size(ptr: *const c_void) -> usize {
         return 0;
     }
     // SAFETY: the caller's.
-    unsafe { heap::usable_size(ptr.cast_mut().cast()) }
+    unsafe { heap::usable_size(ptr) }
 }

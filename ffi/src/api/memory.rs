@@ -9,10 +9,10 @@
 #![allow(unsafe_code)]
 
 use std::ffi::{c_int, c_void};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use usvm::ground::addr::{SZ_2M, SZ_64K, Span};
-use usvm::{Access, Fence, GpuAccess, Hint, Location, Need, Runtime};
+use usvm::{Access, Error, Fence, GpuAccess, Hint, Location, Need, Runtime};
 
 use super::handles::{self, Id, Work};
 use super::notify::{self, Reason};
@@ -107,14 +107,40 @@ pub extern "C" fn usvm_advise(
     })
 }
 
-/// Makes a handle of work that was submitted.
-fn hand_out(space: usvm_space_t, fence: Fence, at: *mut usvm_fence_t) -> Done {
-    let work = Work { fence, space: space.0.addr() as Id, access: false, bracket: Mutex::default() };
+/// Submits work by `submit` and puts a handle of it at `at`. The handle goes out first: what the work does to memory may
+/// concern the very place where it goes. On failure that place has what it had before.
+pub(super) fn hand_out(
+    space: usvm_space_t,
+    at: *mut usvm_fence_t,
+    access: bool,
+    submit: impl FnOnce(&Work) -> Done<Fence>,
+) -> Done {
+    user::check_writable("fence", at)?;
+    let before = user::read("fence", at.cast::<usize>())?;
+    let work = Arc::new(Work {
+        fence: OnceLock::new(),
+        space: space.0.addr() as Id,
+        access,
+        bracket: Mutex::default(),
+    });
     let mut tables = handles::lock();
     tables.space(space)?;
-    let id = tables.works.add(Arc::new(work));
+    let id = tables.works.add(work.clone());
     drop(tables);
-    user::write("fence", at, usvm_fence_t(handles::shape(id)))
+    let submitted = user::write("fence", at, usvm_fence_t(handles::shape(id))).and_then(|()| submit(&work));
+    match submitted {
+        Ok(fence) => {
+            let _ = work.fence.set(fence);
+            Ok(())
+        }
+        Err(failure) => {
+            // Nobody can know the handle, except who looked at the place meanwhile.
+            let _ = work.fence.set(Fence::signaled(Err(Error::NotRunning("this was never begun"))));
+            handles::lock().works.remove(id);
+            let _ = user::write("fence", at.cast::<usize>(), before);
+            Err(failure)
+        }
+    }
 }
 
 /// See the header.
@@ -134,8 +160,7 @@ pub unsafe extern "C" fn usvm_prefetch(
         let to = needed(place(&runtime, location)?)?;
         let (addr, len) = mapped(&runtime, ptr, len)?;
         if !fence.is_null() {
-            user::check_writable("fence", fence)?;
-            return hand_out(space, runtime.prefetch(addr, len, to), fence);
+            return hand_out(space, fence, false, |_| Ok(runtime.prefetch(addr, len, to)));
         }
         runtime.prefetch(addr, len, to).wait(None).map_err(|e| Failure::from(e).of("ptr"))?;
         notify::catch_up();

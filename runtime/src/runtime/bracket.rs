@@ -8,6 +8,10 @@
 //! # Locking
 //! A bracket's lock is for control threads only: the ranges are handed over under it, and nothing waits with it held.
 //!
+//! Only ranges that lie wholly inside an access move, except for atomics. What shares a range with other data is mapped
+//! over the link, or the CPU would wait for the end of the bracket wherever it touches that other data: perhaps the very
+//! thread that has to end it.
+//!
 //! # Limits
 //! A bracket that is dropped without its end holds its memory until the runtime ends.
 
@@ -57,7 +61,8 @@ impl Runtime {
             let state = Arc::new(Mutex::new(State::Beginning));
             let begun = state.clone();
             let fence = inner.control.submit(move || {
-                let held = hold(&svm, device, &accesses)?;
+                let held =
+                    hold(&svm, device, &accesses, |a| Want::bracket(a.access, Span::sized(a.addr, a.len)))?;
                 let mut state = begun.lock().unwrap_or_else(PoisonError::into_inner);
                 match *state {
                     State::Ended => svm.release(&held),
@@ -108,11 +113,16 @@ pub(super) fn check_working_set(info: &DeviceInfo, accesses: &[Access]) -> Resul
     Ok(())
 }
 
-/// Holds all of `accesses` on the device, or none of them.
-pub(super) fn hold(svm: &Svm, device: u32, accesses: &[Access]) -> Result<Vec<Arc<Range>>> {
+/// Holds all of `accesses` on the device, each as `want` says, or none of them.
+pub(super) fn hold(
+    svm: &Svm,
+    device: u32,
+    accesses: &[Access],
+    want: impl Fn(&Access) -> Want,
+) -> Result<Vec<Arc<Range>>> {
     let mut held = Vec::new();
     for a in accesses {
-        match svm.gpu_access_holding(device, a.addr, a.len, Want::launch(a.access), &held) {
+        match svm.gpu_access_holding(device, a.addr, a.len, want(a), &held) {
             Ok(more) => held.extend(more),
             Err(e) => {
                 svm.release(&held);

@@ -557,7 +557,7 @@ impl Runtime {
                 let started = Instant::now();
                 // What munmap and its like took away before this launch must be gone from the device's tables.
                 svm.barrier();
-                let held = hold(&svm, device, &accesses)?;
+                let held = hold(&svm, device, &accesses, |a| Want::launch(a.access))?;
                 let result = kernel(gpu);
                 svm.release(&held);
                 observer.launched(device, started);

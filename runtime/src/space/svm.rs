@@ -59,17 +59,30 @@ pub struct Want {
     pub force: Option<Placement>,
     /// Hold the ranges where they are until [`Svm::release`].
     pub pin: bool,
+    /// A range that reaches beyond this span stays with the CPU and is reached over the link: what else lies in it must not
+    /// wait for the end of the hold.
+    pub within: Option<Span>,
 }
 
 impl Want {
     /// A fault of a device.
     pub fn fault(access: GpuAccess) -> Self {
-        Self { access, cause: Cause::GpuAccess, bracketed: false, force: None, pin: true }
+        Self { access, cause: Cause::GpuAccess, bracketed: false, force: None, pin: true, within: None }
     }
 
     /// A launch that announces what it uses.
     pub fn launch(access: GpuAccess) -> Self {
-        Self { access, cause: Cause::GpuAccess, bracketed: true, force: None, pin: true }
+        Self { access, cause: Cause::GpuAccess, bracketed: true, force: None, pin: true, within: None }
+    }
+
+    /// A bracket around `span`, of which nobody knows when it ends. Atomics need device memory and take the whole range.
+    pub fn bracket(access: GpuAccess, span: Span) -> Self {
+        let within = (access != GpuAccess::Atomic).then_some(span);
+        Self { within, ..Self::launch(access) }
+    }
+
+    fn leaves(&self, range: Span) -> bool {
+        self.within.is_some_and(|span| !span.covers(range))
     }
 
     /// A prefetch that the program asked for.
@@ -80,6 +93,7 @@ impl Want {
             bracketed: false,
             force: Some(Placement::Migrate),
             pin: false,
+            within: None,
         }
     }
 }
@@ -347,7 +361,7 @@ impl Svm {
         }
         let migratable = range.flags().contains(RangeFlags::MIGRATE_DEVMEM);
         let placement = match want.force {
-            _ if remote => Placement::Remote,
+            _ if remote || want.leaves(range.span()) => Placement::Remote,
             Some(Placement::Migrate) if migratable && mover.fits(device, range.span()) => Placement::Migrate,
             Some(_) => Placement::Remote,
             None => self.place(&range, &state, device, want, migratable),
@@ -428,7 +442,7 @@ impl Svm {
         let whole = state.moved.as_ref().is_some_and(|m| {
             m.device == device && m.strayed.is_empty() && m.vram.count() == range.span().pages()
         });
-        if whole {
+        if whole && (!want.leaves(range.span()) || range.data.is_pinned()) {
             return Ok(());
         }
         self.mover.unshare_copy(range, state);
