@@ -4,6 +4,7 @@
 #   make test                 all tests
 #   make bench [JSON=…]       the measurements of usvm-bench micro
 #   make manpages             man pages and shell completions, into target/man and target/completions
+#   make install              the C library: PREFIX=/usr/local DESTDIR=
 #   make lint                 what CI refuses: formatting, clippy, documentation
 #   make test-kernel-ref      fresh traces of the real kernel's drm_gpusvm in a virtual machine (see tests/kernel-ref)
 
@@ -41,6 +42,14 @@ manpages:
 	$(USVM) completions bash >target/completions/usvm.bash
 	$(USVM) completions zsh >target/completions/_usvm
 	$(USVM) completions fish >target/completions/usvm.fish
+
+# The C library: libusvm.so and .a, headers, usvm.pc, CMake package.
+PREFIX ?= /usr/local
+DESTDIR ?=
+.PHONY: install
+install:
+	$(CARGO) build --release --quiet -p usvm-ffi --lib
+	sh ffi/install.sh "$${CARGO_TARGET_DIR:-target}/release/libusvm_ffi.a" "$(PREFIX)" "$(DESTDIR)"
 
 clean:
 	$(CARGO) clean

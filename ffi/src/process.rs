@@ -12,9 +12,11 @@
 //! A forked child begins without a runtime: what the parent had acquired is forgotten there, and acquiring starts a new
 //! one.
 
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use usvm::{Config, Error, Result, Runtime};
+
+use crate::api::fork;
 
 struct Shared {
     runtime: Runtime,
@@ -24,11 +26,17 @@ struct Shared {
 
 static SHARED: Mutex<Option<Shared>> = Mutex::new(None);
 
+fn shared() -> MutexGuard<'static, Option<Shared>> {
+    let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+    forget_the_parents(&mut shared);
+    shared
+}
+
 /// The process's runtime; started with `config` (the environment's when `None`) if there is none yet. Each call wants
 /// its [`release`].
 pub fn acquire(config: Option<Config>) -> Result<Runtime> {
-    let mut shared = SHARED.lock().unwrap_or_else(|p| p.into_inner());
-    forget_the_parents(&mut shared);
+    fork::install();
+    let mut shared = shared();
     if let Some(shared) = shared.as_mut() {
         shared.users += 1;
         return Ok(shared.runtime.clone());
@@ -44,15 +52,12 @@ pub fn acquire(config: Option<Config>) -> Result<Runtime> {
 
 /// The process's runtime, if there is one.
 pub fn current() -> Option<Runtime> {
-    let mut shared = SHARED.lock().unwrap_or_else(|p| p.into_inner());
-    forget_the_parents(&mut shared);
-    shared.as_ref().map(|s| s.runtime.clone())
+    shared().as_ref().map(|s| s.runtime.clone())
 }
 
 /// Ends one [`acquire`]; the last one shuts the runtime down. An error if nothing was acquired.
 pub fn release() -> Result<()> {
-    let mut shared = SHARED.lock().unwrap_or_else(|p| p.into_inner());
-    forget_the_parents(&mut shared);
+    let mut shared = shared();
     let Some(users) = shared.as_mut().map(|s| {
         s.users -= 1;
         s.users
@@ -67,7 +72,23 @@ pub fn release() -> Result<()> {
     Ok(())
 }
 
-/// In a forked child the parent's runtime is not ours: its threads do not exist here.
+/// Keeps the runtime as it is while it lives: for the time of a fork.
+pub(crate) struct Hold(MutexGuard<'static, Option<Shared>>);
+
+/// See [`Hold`].
+pub(crate) fn hold() -> Hold {
+    Hold(SHARED.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+impl Hold {
+    /// In a forked child: the runtime is the parent's.
+    pub(crate) fn forget(&mut self) {
+        std::mem::forget(self.0.take());
+    }
+}
+
+/// In a forked child the parent's runtime is not ours: its threads do not exist here. For children of calls that run no
+/// handlers.
 fn forget_the_parents(shared: &mut Option<Shared>) {
     if shared.as_ref().is_some_and(|s| s.owner != std::process::id()) {
         std::mem::forget(shared.take());

@@ -20,6 +20,7 @@ pub use ground::alloc::Routed;
 pub use ground::config::Config;
 pub use ground::error::{Error, Result};
 pub use ground::sync::Fence;
-pub use runtime::{Access, Bracket, Builder, Hint, Location, Runtime};
+pub use observe::watch::Change;
+pub use runtime::{Access, Attributes, Bracket, Builder, Hint, Location, Need, Runtime};
 pub use space::ports::GpuAccess;
 pub use space::residency::Residence;

@@ -8,3 +8,4 @@ pub mod live;
 pub mod observer;
 pub mod stats;
 pub mod trace;
+pub mod watch;

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use super::stats::{Cause, Counter, Direction, Gauge, Stats};
 use super::trace::{EventKind, Trace, What};
+use super::watch::{Change, Watch};
 use crate::ground::addr::Span;
 
 /// Statistics and trace of one runtime.
@@ -14,13 +15,15 @@ pub struct Observer {
     pub stats: Arc<Stats>,
     /// The timeline.
     pub trace: Trace,
+    /// Who wants to hear of changes.
+    pub watch: Watch,
 }
 
 impl Observer {
     /// An observer that counts, and traces once its trace is started.
     pub fn new() -> Self {
         let stats = Arc::new(Stats::default());
-        Self { trace: Trace::new(stats.clone()), stats }
+        Self { trace: Trace::new(stats.clone()), stats, watch: Watch::default() }
     }
 
     /// Changes of the gauges, in bytes: resident on a device, shared with one, retained on the host.
@@ -52,6 +55,7 @@ impl Observer {
         started: Instant,
     ) {
         self.stats.migration(direction, span.len(), copied, cause);
+        self.watch.tell(Change::Migrated, span);
         let saving = match direction {
             Direction::ToDevice => Counter::BytesSavedDelta,
             Direction::ToHost => Counter::BytesSavedClean,

@@ -5,8 +5,13 @@
 //! a lock and then waits for its stack would stop those who bring stacks back. So it puts a closure into a queue and
 //! waits on a fence; both are lock-free and in usvm's own memory.
 //!
+//! # Lanes
+//! A request may wait long: for device memory that another access holds, for work that ends. What ends an access must
+//! never stand in line behind such a request, or nobody could give up what all wait for. So [`Control::end`] has a queue
+//! and a thread of its own, and what goes there waits for nobody.
+//!
 //! # Limits
-//! [`THREADS`] requests are served at once; more wait in line.
+//! Two requests of the general lane are served at once; more wait in line.
 
 use std::sync::Arc;
 use std::sync::OnceLock;
@@ -20,9 +25,6 @@ use crate::ground::error::{Errno, Error, Result};
 use crate::ground::sync::{Event, Fence};
 use crate::ground::thread;
 
-/// Control threads.
-pub const THREADS: usize = 2;
-
 type Request = Box<dyn FnOnce() + Send>;
 
 #[derive(Default)]
@@ -32,40 +34,43 @@ struct Shared {
     stop: AtomicBool,
 }
 
-/// The queue and its threads.
+impl Shared {
+    fn start(names: &[&str]) -> Result<Arc<Self>> {
+        let shared = Arc::new(Self::default());
+        for name in names {
+            let served = shared.clone();
+            if let Err(e) = thread::spawn(name, move || served.run()) {
+                shared.stop();
+                return Err(Error::os("clone", Errno(e.raw_os_error().unwrap_or(libc::EAGAIN))));
+            }
+        }
+        Ok(shared)
+    }
+}
+
+/// The queues and their threads.
 pub(super) struct Control {
-    shared: Arc<Shared>,
+    general: Arc<Shared>,
+    ending: Arc<Shared>,
 }
 
 impl Control {
     /// Starts the threads.
     pub(super) fn start() -> Result<Self> {
-        let control = Self { shared: Arc::default() };
-        for index in 0..THREADS {
-            let shared = control.shared.clone();
-            thread::spawn(&format!("ctl{index}"), move || shared.run())
-                .map_err(|e| Error::os("clone", Errno(e.raw_os_error().unwrap_or(libc::EAGAIN))))?;
-        }
-        Ok(control)
+        let general = Shared::start(&["ctl0", "ctl1"])?;
+        let ending = match Shared::start(&["ctl-end"]) {
+            Ok(ending) => ending,
+            Err(e) => {
+                general.stop();
+                return Err(e);
+            }
+        };
+        Ok(Self { general, ending })
     }
 
     /// Runs `f` on a control thread and gives its fence, which carries its error.
     pub(super) fn submit(&self, f: impl FnOnce() -> Result<()> + Send + 'static) -> Fence {
-        if self.shared.stop.load(Ordering::Acquire) {
-            return Fence::signaled(Err(Error::NotRunning("it was shut down")));
-        }
-        alloc::internal(|| {
-            let event = Event::new();
-            let fence = event.fence();
-            let guard = SignalOnDrop(event);
-            self.shared.queue.push(Box::new(move || {
-                let result = f();
-                guard.0.signal(result);
-            }));
-            self.shared.arrivals.fetch_add(1, Ordering::AcqRel);
-            let _ = futex::wake(&self.shared.arrivals, futex::Flags::PRIVATE, 1);
-            fence
-        })
+        self.general.submit(f)
     }
 
     /// Runs `f` on a control thread and waits for what it gives. On a thread of usvm it runs right here.
@@ -73,6 +78,55 @@ impl Control {
         &self,
         f: impl FnOnce() -> Result<T> + Send + 'static,
     ) -> Result<T> {
+        self.general.call(f)
+    }
+
+    /// As [`Control::call`], for what gives something up and waits for nobody.
+    pub(super) fn end<T: Send + Sync + 'static>(
+        &self,
+        f: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        self.ending.call(f)
+    }
+
+    /// Makes the threads end once the queues are empty.
+    pub(super) fn stop(&self) {
+        self.general.stop();
+        self.ending.stop();
+    }
+}
+
+/// The threads of a runtime that never came to run end, too.
+impl Drop for Control {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl Shared {
+    fn submit(&self, f: impl FnOnce() -> Result<()> + Send + 'static) -> Fence {
+        if self.stop.load(Ordering::SeqCst) {
+            return Fence::signaled(Err(Error::NotRunning("it was shut down")));
+        }
+        alloc::internal(|| {
+            let event = Event::new();
+            let fence = event.fence();
+            let guard = SignalOnDrop(event);
+            self.queue.push(Box::new(move || {
+                let result = f();
+                guard.0.signal(result);
+            }));
+            self.arrivals.fetch_add(1, Ordering::SeqCst);
+            let _ = futex::wake(&self.arrivals, futex::Flags::PRIVATE, 1);
+            // The threads may have ended between the look and the push.
+            if self.stop.load(Ordering::SeqCst) {
+                self.refuse_the_rest();
+            }
+            fence
+        })
+    }
+
+    fn call<T: Send + Sync + 'static>(&self, f: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
         if alloc::is_service_thread() {
             return f();
         }
@@ -90,33 +144,30 @@ impl Control {
         })
     }
 
-    /// Makes the threads end once the queue is empty.
-    pub(super) fn stop(&self) {
-        self.shared.stop.store(true, Ordering::Release);
-        self.shared.arrivals.fetch_add(1, Ordering::AcqRel);
-        let _ = futex::wake(&self.shared.arrivals, futex::Flags::PRIVATE, i32::MAX as u32);
+    fn stop(&self) {
+        self.stop.store(true, Ordering::SeqCst);
+        self.arrivals.fetch_add(1, Ordering::SeqCst);
+        let _ = futex::wake(&self.arrivals, futex::Flags::PRIVATE, i32::MAX as u32);
     }
-}
 
-/// The threads of a runtime that never came to run end, too.
-impl Drop for Control {
-    fn drop(&mut self) {
-        self.stop();
-    }
-}
-
-impl Shared {
     fn run(&self) {
         loop {
             let seen = self.arrivals.load(Ordering::Acquire);
             match self.queue.pop() {
                 Some(request) => request(),
-                None if self.stop.load(Ordering::Acquire) => return,
+                None if self.stop.load(Ordering::SeqCst) => return self.refuse_the_rest(),
                 None => {
                     // Woken early or not at all because the word changed: look again either way.
                     let _ = futex::wait(&self.arrivals, futex::Flags::PRIVATE, seen, None);
                 }
             }
+        }
+    }
+
+    /// What came too late is answered, not carried out.
+    fn refuse_the_rest(&self) {
+        while let Some(request) = self.queue.pop() {
+            drop(request);
         }
     }
 }

@@ -30,18 +30,20 @@
 //! # Limits
 //! One runtime at a time in a process: a mapping can be registered with one userfaultfd only.
 
+mod bracket;
 mod chaos;
 mod control;
+mod memory;
 mod publish;
 mod watchdog;
 
 use std::fmt;
 use std::sync::atomic::{AtomicPtr, AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use crate::device::sim::{self, Gpu, Profile, SimConfig, SimDevice};
-use crate::ground::addr::{SZ_4K, SZ_64K, Span};
+use crate::ground::addr::{SZ_64K, Span};
 use crate::ground::config::Config;
 use crate::ground::error::{Errno, Error, Result};
 use crate::ground::sync::Fence;
@@ -52,15 +54,21 @@ use crate::host::{Host, Options, exempt};
 use crate::observe::live;
 use crate::observe::observer::Observer;
 use crate::observe::stats::{Cause, StatsSnapshot};
+use crate::observe::watch::Change;
 use crate::policy;
 use crate::space::mover::{self, Mover, Range};
-use crate::space::ports::{Advice, Device, DeviceInfo, FaultSink, GpuAccess};
-use crate::space::residency::Residence;
+use crate::space::ports::{Device, DeviceInfo, FaultSink, GpuAccess};
+use crate::space::span_map::SpanMap;
 use crate::space::svm::{Svm, Want};
 use crate::space::timeslice::Rule;
 use crate::space::{Space, SpaceConfig};
 use crate::vram::copy::Copier;
+use bracket::{check_working_set, hold};
 use control::Control;
+use memory::Asked;
+
+pub use bracket::Bracket;
+pub use memory::{Attributes, Hint, Need};
 
 /// Whether pages up to this chunk size must be populated before a range is made of them (xe's choice).
 const CHECK_PAGES_THRESHOLD: u64 = SZ_64K;
@@ -86,15 +94,6 @@ pub struct Access {
     pub len: u64,
     /// Loads, stores or atomics.
     pub access: GpuAccess,
-}
-
-/// A hint for a span of memory (CUDA's and Level Zero's words).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Hint {
-    /// Mostly read, by host and device.
-    ReadMostly(bool),
-    /// Where it should live; `None` takes an earlier hint back.
-    PreferredLocation(Option<Location>),
 }
 
 /// How the runtime is built, beyond what [`Config`] says.
@@ -145,7 +144,7 @@ pub(crate) struct Inner {
     devices: Vec<Arc<SimDevice>>,
     observer: Arc<Observer>,
     control: Control,
-    brackets: Mutex<Vec<Vec<Arc<Range>>>>,
+    asked: SpanMap<Asked>,
     live: Option<live::Page>,
     state: AtomicU8,
 }
@@ -238,7 +237,7 @@ fn start(builder: Builder) -> Result<Runtime> {
 
     let inner = Arc::new(Inner {
         control: Control::start()?,
-        brackets: Mutex::default(),
+        asked: SpanMap::default(),
         live: live::Page::create().inspect_err(|e| tracing::debug!("nobody can look: {e}")).ok(),
         state: AtomicU8::new(RUNNING),
         config,
@@ -582,116 +581,13 @@ impl Runtime {
                 let started = Instant::now();
                 // What munmap and its like took away before this launch must be gone from the device's tables.
                 svm.barrier();
-                let held = hold(&svm, device, &accesses)?;
+                let held = hold(&svm, device, &accesses, |a| Want::launch(a.access))?;
                 let result = kernel(gpu);
                 svm.release(&held);
                 observer.launched(device, started);
                 result
             })
         })
-    }
-
-    /// Brings `[addr, addr + len)` to `to`. The fence tells when it is there.
-    pub fn prefetch(&self, addr: u64, len: u64, to: Location) -> Fence {
-        let inner = self.inner();
-        if let Err(e) = inner.check().and_then(|()| self.check_location(to)) {
-            return Fence::signaled(Err(e));
-        }
-        let svm = inner.svm.clone();
-        inner.control.submit(move || match to {
-            Location::Host => svm.bring_home(Span::sized(addr, len).page_aligned(), Cause::Prefetch),
-            Location::Device(device) => svm.gpu_access(device, addr, len, Want::prefetch()).map(|_| ()),
-        })
-    }
-
-    fn check_location(&self, location: Location) -> Result<()> {
-        match location {
-            Location::Host => Ok(()),
-            Location::Device(device) => self.device(device).map(|_| ()),
-        }
-    }
-
-    /// Brings `[addr, addr + len)` to the host and gives up its device memory.
-    pub fn evict(&self, addr: u64, len: u64) -> Result<()> {
-        self.call(move |svm| svm.bring_home(Span::sized(addr, len).page_aligned(), Cause::User))
-    }
-
-    /// The contents of the whole pages inside `[addr, addr + len)` may be dropped.
-    pub fn discard(&self, addr: u64, len: u64) -> Result<()> {
-        let inside = Span::new(
-            crate::ground::addr::align_up(addr, SZ_4K),
-            crate::ground::addr::align_down(addr.saturating_add(len), SZ_4K),
-        );
-        self.call(move |svm| {
-            svm.discard(inside);
-            Ok(())
-        })
-    }
-
-    /// Tells what is known about `[addr, addr + len)`. Hints never change results.
-    pub fn advise(&self, addr: u64, len: u64, hint: Hint) -> Result<()> {
-        if let Hint::PreferredLocation(Some(location)) = hint {
-            self.check_location(location)?;
-        }
-        self.call(move |svm| {
-            svm.advices.update(Span::sized(addr, len).page_aligned(), |advice| match hint {
-                Hint::ReadMostly(on) => advice.read_mostly = on,
-                Hint::PreferredLocation(location) => {
-                    advice.preferred = location.map(|l| match l {
-                        Location::Host => None,
-                        Location::Device(device) => Some(device),
-                    });
-                }
-            });
-            Ok(())
-        })
-    }
-
-    /// The hints that hold at `addr`.
-    pub fn advice(&self, addr: u64) -> Result<Advice> {
-        self.call(move |svm| Ok(svm.advices.at(addr)))
-    }
-
-    /// Begins a use of `accesses` by `device` (for work usvm does not launch itself): they are on the device or mapped,
-    /// and stay so until [`Runtime::end_access`] with what this gives.
-    pub fn begin_access(&self, device: u32, accesses: &[Access]) -> Result<Bracket> {
-        let dev = self.device(device)?;
-        check_working_set(dev.info(), accesses)?;
-        let accesses = alloc::internal(|| accesses.to_vec());
-        let inner = self.inner();
-        inner.check()?;
-        let (svm, owner) = (inner.svm.clone(), inner.clone());
-        inner.control.call(move || {
-            let held = hold(&svm, device, &accesses)?;
-            let mut brackets = owner.brackets.lock().unwrap_or_else(|p| p.into_inner());
-            let index = brackets.iter().position(Vec::is_empty).unwrap_or(brackets.len());
-            if index == brackets.len() {
-                brackets.push(Vec::new());
-            }
-            if let Some(slot) = brackets.get_mut(index) {
-                *slot = held;
-            }
-            Ok(Bracket(index))
-        })
-    }
-
-    /// Ends what [`Runtime::begin_access`] began.
-    pub fn end_access(&self, bracket: Bracket) -> Result<()> {
-        let inner = self.inner();
-        let (svm, owner) = (inner.svm.clone(), inner.clone());
-        inner.control.call(move || {
-            let held = {
-                let mut brackets = owner.brackets.lock().unwrap_or_else(|p| p.into_inner());
-                brackets.get_mut(bracket.0).map(std::mem::take).unwrap_or_default()
-            };
-            svm.release(&held);
-            Ok(())
-        })
-    }
-
-    /// Where the memory of `[addr, addr + len)` is now.
-    pub fn residence(&self, addr: u64, len: u64) -> Result<Residence> {
-        self.call(move |svm| Ok(svm.residence(Span::sized(addr, len).page_aligned())))
     }
 
     /// Takes the policy called `name` from now on.
@@ -739,6 +635,20 @@ impl Runtime {
         self.inner().control.submit(move || f(&svm))
     }
 
+    /// Returns when every change of the mappings that the kernel had reported before the call was handled.
+    pub fn barrier(&self) -> Result<()> {
+        self.call(|svm| {
+            svm.barrier();
+            Ok(())
+        })
+    }
+
+    /// Has `watcher` called for every change of memory; `false` if there is a watcher already. See
+    /// [`crate::observe::watch`] for what it may do: it runs on threads of usvm.
+    pub fn watch(&self, watcher: impl Fn(Change, Span) + Send + Sync + 'static) -> bool {
+        alloc::internal(|| self.inner().observer.watch.set(watcher))
+    }
+
     /// Brings everything home and ends. Later calls get [`Error::NotRunning`].
     pub fn shutdown(&self) {
         self.inner().shutdown();
@@ -749,49 +659,4 @@ impl fmt::Debug for Runtime {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Runtime").field("devices", &self.devices()).finish_non_exhaustive()
     }
-}
-
-/// A begun use of memory by a device.
-#[derive(Debug, PartialEq, Eq)]
-#[must_use = "memory stays held until end_access"]
-pub struct Bracket(usize);
-
-/// Refuses at once what can never be held at one time, with both sizes.
-fn check_working_set(info: &DeviceInfo, accesses: &[Access]) -> Result<()> {
-    if let Some(bad) = accesses.iter().find(|a| a.len == 0 || a.addr.checked_add(a.len).is_none()) {
-        return Err(Error::Invalid {
-            argument: "accesses",
-            reason: format!("{:#x} + {:#x} is empty or wraps around", bad.addr, bad.len),
-        });
-    }
-    let mut spans: Vec<Span> = accesses.iter().map(|a| Span::sized(a.addr, a.len).page_aligned()).collect();
-    spans.sort_unstable();
-    let mut end = 0;
-    let needed: u64 = spans
-        .iter()
-        .map(|s| {
-            let fresh = s.end.saturating_sub(s.start.max(end));
-            end = end.max(s.end);
-            fresh
-        })
-        .sum();
-    if needed > info.vram_bytes && !info.recoverable_faults {
-        return Err(Error::OutOfDeviceMemory { needed, capacity: info.vram_bytes, busy: 0 });
-    }
-    Ok(())
-}
-
-/// Holds all of `accesses` on the device, or none of them.
-fn hold(svm: &Svm, device: u32, accesses: &[Access]) -> Result<Vec<Arc<Range>>> {
-    let mut held = Vec::new();
-    for a in accesses {
-        match svm.gpu_access_holding(device, a.addr, a.len, Want::launch(a.access), &held) {
-            Ok(more) => held.extend(more),
-            Err(e) => {
-                svm.release(&held);
-                return Err(e);
-            }
-        }
-    }
-    Ok(held)
 }

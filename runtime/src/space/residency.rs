@@ -42,6 +42,7 @@ use std::time::Instant;
 
 use crate::ground::addr::{PageMask, SZ_4K, Span};
 use crate::space::ports::{Advice, Bo, History, Shadow};
+use crate::space::span_map::SpanMap;
 use crate::space::timeslice::Timeslice;
 
 /// A range's payload: its residency and its pins.
@@ -209,6 +210,8 @@ pub struct Residence {
     pub strayed: u64,
     /// Host pages kept for memory that is in device memory.
     pub retained: u64,
+    /// Device memory that a return to the host has to copy: no kept host page equals it.
+    pub dirty: u64,
 }
 
 /// Bytes that `pages` are.
@@ -217,86 +220,11 @@ pub fn bytes(pages: &PageMask) -> u64 {
 }
 
 /// What advice applies to addresses; kept apart from ranges, so that it outlives them.
-#[derive(Debug, Default)]
-pub struct Advices {
-    map: std::sync::RwLock<std::collections::BTreeMap<u64, (u64, Advice)>>,
-    any: std::sync::atomic::AtomicBool,
-}
-
-impl Advices {
-    /// The advice at `addr`.
-    pub fn at(&self, addr: u64) -> Advice {
-        if !self.any.load(Ordering::Relaxed) {
-            return Advice::default();
-        }
-        let map = self.map.read().unwrap_or_else(|p| p.into_inner());
-        match map.range(..=addr).next_back() {
-            Some((_, (end, advice))) if addr < *end => *advice,
-            _ => Advice::default(),
-        }
-    }
-
-    /// Changes the advice of every page of `span` by `change`.
-    pub fn update(&self, span: Span, change: impl Fn(&mut Advice)) {
-        let mut map = self.map.write().unwrap_or_else(|p| p.into_inner());
-        let mut pieces = Vec::new();
-        let before =
-            map.range(..span.start).next_back().map(|(s, v)| (*s, *v)).filter(|(_, (e, _))| *e > span.start);
-        let inside: Vec<_> = map.range(span.start..span.end).map(|(s, v)| (*s, *v)).collect();
-        let mut at = span.start;
-        for (start, (end, advice)) in before.into_iter().chain(inside) {
-            map.remove(&start);
-            if start < span.start {
-                map.insert(start, (span.start, advice));
-            }
-            let from = start.max(span.start);
-            if at < from {
-                pieces.push((at, from, Advice::default()));
-            }
-            pieces.push((from, end.min(span.end), advice));
-            if end > span.end {
-                map.insert(span.end, (end, advice));
-            }
-            at = end.min(span.end);
-        }
-        if at < span.end {
-            pieces.push((at, span.end, Advice::default()));
-        }
-        for (start, end, mut advice) in pieces {
-            change(&mut advice);
-            if advice != Advice::default() {
-                map.insert(start, (end, advice));
-            }
-        }
-        self.any.store(!map.is_empty(), Ordering::Relaxed);
-    }
-}
+pub type Advices = SpanMap<Advice>;
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
-
-    proptest! {
-        #[test]
-        fn advice_agrees_with_a_map_of_pages(
-            ops in proptest::collection::vec((0u64..64, 1u64..32, any::<bool>(), 0u32..3), 1..40)
-        ) {
-            let advices = Advices::default();
-            let mut model = vec![Advice::default(); 128];
-            for (start, len, read_mostly, device) in ops {
-                let change = |a: &mut Advice| {
-                    a.read_mostly = read_mostly;
-                    a.accessed_by = (device > 0).then_some(device);
-                };
-                advices.update(Span::sized(start * SZ_4K, len * SZ_4K), change);
-                (start..start + len).for_each(|p| change(&mut model[p as usize]));
-                for (page, want) in model.iter().enumerate() {
-                    prop_assert_eq!(advices.at(page as u64 * SZ_4K + 5), *want);
-                }
-            }
-        }
-    }
 
     #[test]
     fn forgetting_and_landing_keep_the_invariants() {

@@ -28,6 +28,7 @@ use crate::ground::addr::{PageMask, SZ_4K, Span};
 use crate::ground::error::{Error, Result};
 use crate::observe::stats::{Cause, Counter};
 use crate::observe::trace::EventKind as Traced;
+use crate::observe::watch::Change;
 use crate::space::mover::{Mover, Range};
 use crate::space::notifier::RangeFlags;
 use crate::space::ports::{Advice, Facts, FlipError, GpuAccess, Placement, Return, Vma};
@@ -58,17 +59,30 @@ pub struct Want {
     pub force: Option<Placement>,
     /// Hold the ranges where they are until [`Svm::release`].
     pub pin: bool,
+    /// A range that reaches beyond this span stays with the CPU and is reached over the link: what else lies in it must not
+    /// wait for the end of the hold.
+    pub within: Option<Span>,
 }
 
 impl Want {
     /// A fault of a device.
     pub fn fault(access: GpuAccess) -> Self {
-        Self { access, cause: Cause::GpuAccess, bracketed: false, force: None, pin: true }
+        Self { access, cause: Cause::GpuAccess, bracketed: false, force: None, pin: true, within: None }
     }
 
     /// A launch that announces what it uses.
     pub fn launch(access: GpuAccess) -> Self {
-        Self { access, cause: Cause::GpuAccess, bracketed: true, force: None, pin: true }
+        Self { access, cause: Cause::GpuAccess, bracketed: true, force: None, pin: true, within: None }
+    }
+
+    /// A bracket around `span`, of which nobody knows when it ends. Atomics need device memory and take the whole range.
+    pub fn bracket(access: GpuAccess, span: Span) -> Self {
+        let within = (access != GpuAccess::Atomic).then_some(span);
+        Self { within, ..Self::launch(access) }
+    }
+
+    fn leaves(&self, range: Span) -> bool {
+        self.within.is_some_and(|span| !span.covers(range))
     }
 
     /// A prefetch that the program asked for.
@@ -79,6 +93,7 @@ impl Want {
             bracketed: false,
             force: Some(Placement::Migrate),
             pin: false,
+            within: None,
         }
     }
 }
@@ -346,7 +361,7 @@ impl Svm {
         }
         let migratable = range.flags().contains(RangeFlags::MIGRATE_DEVMEM);
         let placement = match want.force {
-            _ if remote => Placement::Remote,
+            _ if remote || want.leaves(range.span()) => Placement::Remote,
             Some(Placement::Migrate) if migratable && mover.fits(device, range.span()) => Placement::Migrate,
             Some(_) => Placement::Remote,
             None => self.place(&range, &state, device, want, migratable),
@@ -427,7 +442,7 @@ impl Svm {
         let whole = state.moved.as_ref().is_some_and(|m| {
             m.device == device && m.strayed.is_empty() && m.vram.count() == range.span().pages()
         });
-        if whole {
+        if whole && (!want.leaves(range.span()) || range.data.is_pinned()) {
             return Ok(());
         }
         self.mover.unshare_copy(range, state);
@@ -685,6 +700,7 @@ impl Svm {
     /// [`Svm::unmapped`] as an event: `read_on` is done again and again while another thread has a range in its hands, which
     /// may be waiting for an event of its own to be read.
     pub fn unmapped_meanwhile(&self, span: Span, read_on: &dyn Fn()) {
+        self.mover.observer.watch.tell(Change::Unmapped, span);
         self.abandon_landings(span, read_on);
         let mut kept = Vec::new();
         for range in self.invalidate(EventKind::Unmap, span) {
@@ -722,6 +738,7 @@ impl Svm {
     /// The kernel reports before it drops, and lets the caller go on when the report is read. A page that leaves in
     /// between would escape, and its old contents would come back: see `Svm::being_dropped`.
     pub fn discarded(&self, span: Span, read_on: &dyn Fn()) {
+        self.mover.observer.watch.tell(Change::Dropped, span);
         self.dropping().push((span, Instant::now()));
         self.abandon_landings(span, read_on);
         for range in self.invalidate(EventKind::Clear, span) {
@@ -738,6 +755,7 @@ impl Svm {
     /// is read. So the contents leave their range here and land when the kernel lets them.
     pub fn moved(&self, from: u64, to: u64, len: u64, read_on: &dyn Fn()) {
         let old = Span::sized(from, len);
+        self.mover.observer.watch.tell(Change::Moved, old);
         let shift = to.wrapping_sub(from);
         self.unmapped_ranges_only(Span::sized(to, len), read_on);
         self.mover.host.moved(from, to, len);
@@ -982,6 +1000,7 @@ impl Svm {
             sum.device += bytes(&m.vram.and(&part));
             sum.strayed += bytes(&m.strayed.and(&part));
             sum.retained += bytes(&m.retained.and(&part));
+            sum.dirty += bytes(&m.vram.minus(&m.fresh).and(&part));
             if m.shared {
                 sum.shared += bytes(&part);
             }
