@@ -1,0 +1,298 @@
+//! Serving a device's access: the fault handler.
+//!
+//! # Overview
+//! One try after another until the mappings hold still; what stands in the way decides what is done before the next
+//! try: wait for an event, bring a mixed range home, cut it anew, break copy-on-write, evict, or reach it over the link.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::{BUSY_TRIES, GONE_TRIES, PIN_PATIENCE, Svm, TRIES, Want, back_off};
+use crate::ground::addr::{PageMask, Span};
+use crate::ground::error::{Error, Result};
+use crate::observe::stats::Cause;
+use crate::space::mover::Range;
+use crate::space::notifier::RangeFlags;
+use crate::space::ports::{Facts, GpuAccess, Placement};
+use crate::space::residency::State;
+use crate::space::{Ctx, EventKind};
+
+impl Svm {
+    /// Makes `[addr, addr + len)` usable by `device` as `want` says. Gives the ranges it pinned, for [`Svm::release`].
+    pub fn gpu_access(&self, device: u32, addr: u64, len: u64, want: Want) -> Result<Vec<Arc<Range>>> {
+        self.gpu_access_holding(device, addr, len, want, &[])
+    }
+
+    /// As [`Svm::gpu_access`], by a caller that has pinned `held` already and will not give that up while this waits.
+    pub fn gpu_access_holding(
+        &self,
+        device: u32,
+        addr: u64,
+        len: u64,
+        want: Want,
+        held: &[Arc<Range>],
+    ) -> Result<Vec<Arc<Range>>> {
+        let span = Span::sized(addr, len.max(1));
+        let mut pinned: Vec<Arc<Range>> = Vec::new();
+        let mut at = span.start;
+        while at < span.end {
+            match self.gpu_access_one(device, at, want, [held, &pinned]) {
+                Ok(range) => {
+                    at = range.span().end;
+                    if want.pin {
+                        pinned.push(range);
+                    }
+                }
+                Err(e) => {
+                    self.release(&pinned);
+                    return Err(e);
+                }
+            }
+        }
+        Ok(pinned)
+    }
+
+    /// Ends the pins of [`Svm::gpu_access`].
+    pub fn release(&self, pinned: &[Arc<Range>]) {
+        let mut last = false;
+        for range in pinned {
+            last |= range.data.unpin();
+        }
+        if last {
+            self.mover.released().announce();
+        }
+    }
+
+    fn gpu_access_one(
+        &self,
+        device: u32,
+        addr: u64,
+        want: Want,
+        own: [&[Arc<Range>]; 2],
+    ) -> Result<Arc<Range>> {
+        let started = Instant::now();
+        let (mut busy, mut gone) = (0, 0);
+        let mut remote = false;
+        let mut full_since = None;
+        let mut attempt = 0;
+        while attempt < TRIES {
+            attempt += 1;
+            if self.closed.load(Ordering::Acquire) {
+                return Err(Error::NotRunning("it withdrew"));
+            }
+            self.barrier();
+            let seen = self.mover.released().generation();
+            if !self.settle_landings() {
+                back_off(attempt);
+                continue;
+            }
+            let result =
+                self.collect_garbage().and_then(|()| self.try_gpu_access(device, addr, want, remote));
+            let error = match result {
+                Ok(Some(range)) => {
+                    if want.cause == Cause::GpuAccess {
+                        self.mover.observer.gpu_fault(device, addr, range.span().len(), started);
+                    }
+                    return Ok(range);
+                }
+                Ok(None) => {
+                    back_off(attempt);
+                    continue;
+                }
+                Err(e) => e,
+            };
+            match error {
+                Error::Again { .. } => back_off(attempt),
+                // Another page of the range went away. Its event was not handled yet; or there was none, because
+                // memory that is at home need not be registered: then the range must be cut anew.
+                Error::Gone { .. } if gone < GONE_TRIES && self.granted(want.access, addr).is_ok() => {
+                    gone += 1;
+                    if let Some(range) = self.space.find(addr)
+                        && !self.in_one_mapping(range.span())
+                    {
+                        self.recut(range.span());
+                    }
+                    back_off(attempt);
+                }
+                Error::Mixed { span } => self.bring_home(span, Cause::GpuAccess)?,
+                Error::Busy { span } if !self.in_one_mapping(span) => {
+                    self.recut(span);
+                    back_off(attempt);
+                }
+                Error::Busy { span } if busy < BUSY_TRIES => {
+                    busy += 1;
+                    self.mover.host.unshare(span, &PageMask::first(span.pages()));
+                    back_off(attempt);
+                }
+                Error::Busy { .. }
+                    if may_be_remote(want, self.mover.device(device).info().system_atomics) =>
+                {
+                    remote = true;
+                }
+                Error::OutOfHostMemory { .. } if !remote && want.access != GpuAccess::Atomic => {
+                    // No VMA or no memory to spare: the range stays where it is and is reached over the link.
+                    remote = true;
+                }
+                Error::OutOfDeviceMemory { needed, capacity, busy } => {
+                    let since = *full_since.get_or_insert_with(Instant::now);
+                    if since.elapsed() > PIN_PATIENCE || !self.others_hold_memory(device, own, seen) {
+                        let needed =
+                            needed + own.iter().copied().flatten().map(|r| r.span().len()).sum::<u64>();
+                        return Err(Error::OutOfDeviceMemory { needed, capacity, busy });
+                    }
+                    self.mover.released().wait(seen, Duration::from_millis(2));
+                    // Bounded by time, not by number.
+                    attempt -= 1;
+                }
+                e => return Err(e),
+            }
+        }
+        Err(Error::Again { what: "a device access", tries: TRIES })
+    }
+
+    /// Whether `span` lies in one mapping. A range does when it is made, until mprotect or mlock cuts its mapping.
+    fn in_one_mapping(&self, span: Span) -> bool {
+        matches!(self.mover.host.find_vma(span.start), Ok(Some(vma)) if vma.span.covers(span))
+    }
+
+    /// Has the garbage collector bring the ranges of `span` home and forget them, so that new ones fit the mappings.
+    fn recut(&self, span: Span) {
+        self.invalidate(EventKind::Unmap, span);
+    }
+
+    /// Whether somebody else has device memory that will be given up: work that will end, or a mover in whose hands it
+    /// is. The latter is in no list yet, so what counts is what is allocated beyond the caller's own. `seen`: the
+    /// generation before the memory was found to be full.
+    fn others_hold_memory(&self, device: u32, own: [&[Arc<Range>]; 2], seen: u64) -> bool {
+        let port = self.mover.device(device);
+        let allocated = port.info().vram_bytes.saturating_sub(port.vram_free_bytes());
+        let mut mine: Vec<&Arc<Range>> = own.into_iter().flatten().collect();
+        mine.sort_unstable_by_key(|range| range.span().start);
+        mine.dedup_by_key(|range| range.span().start);
+        let held: u64 = mine
+            .into_iter()
+            .filter_map(|range| {
+                let state = range.data.lock();
+                let moved = state.moved.as_ref().filter(|m| m.device == device)?;
+                moved.bo.as_ref().map(|bo| bo.len)
+            })
+            .sum();
+        allocated > held || self.mover.released().generation() != seen
+    }
+
+    /// One try. `None`: the mappings changed meanwhile.
+    fn try_gpu_access(&self, device: u32, addr: u64, want: Want, remote: bool) -> Result<Option<Arc<Range>>> {
+        let frozen = self.frozen.read().unwrap_or_else(|p| p.into_inner());
+        if *frozen > 0 || self.closed.load(Ordering::Acquire) {
+            return Ok(None);
+        }
+        let mover = &self.mover;
+        let ctx = Ctx { read_only: !want.access.writes(), ..self.ctx };
+        let aspace = &*mover.host;
+        let range = self.space.find_or_insert(aspace, addr, self.space.config().limits, &ctx)?;
+        let mut state = range.data.lock();
+        let ticket = range.begin();
+        if range.is_gone() {
+            return Ok(None);
+        }
+        let strangers = self.strangers(&range, &state, range.span());
+        if !strangers.is_empty() {
+            drop(state);
+            self.replaced(&range, &strangers);
+            return Ok(None);
+        }
+        let migratable = range.flags().contains(RangeFlags::MIGRATE_DEVMEM);
+        let placement = match want.force {
+            _ if remote || want.leaves(range.span()) => Placement::Remote,
+            Some(Placement::Migrate) if migratable && mover.fits(device, range.span()) => Placement::Migrate,
+            Some(_) => Placement::Remote,
+            None => self.place(&range, &state, device, want, migratable),
+        };
+        if placement != Placement::Remote && self.being_dropped(range.span()) {
+            return Ok(None);
+        }
+        // What was just flipped out lay in a writable mapping: only those can be.
+        let proven = state.is_home() && placement == Placement::Migrate;
+        match placement {
+            Placement::Migrate => mover.to_device(&range, &mut state, device, want.cause)?,
+            Placement::Share if state.is_home() => {
+                match mover.share(&range, &mut state, device, want.cause) {
+                    // Writes cannot be tracked, or a page of the range cannot be read: the move tells what can be done.
+                    Err(Error::NotSupported(_) | Error::Gone { .. }) => {
+                        mover.to_device(&range, &mut state, device, want.cause)?
+                    }
+                    other => other?,
+                }
+            }
+            Placement::Share => mover.to_device(&range, &mut state, device, want.cause)?,
+            Placement::Remote => self.settle_for_remote(&range, &mut state, device, want)?,
+        }
+        if !proven {
+            self.granted(want.access, addr)?;
+        }
+        let Ok(commit) = range.commit(ticket) else { return Ok(None) };
+        let flags = mover.bind(&range, &mut state, device, want.access)?;
+        commit.set_pages(flags);
+        if want.pin {
+            range.data.pin();
+        }
+        drop(commit);
+        drop(state);
+        Ok(Some(range))
+    }
+
+    /// Whether the mapping at `addr` allows the access: read-only mappings are never bound writable.
+    fn granted(&self, access: GpuAccess, addr: u64) -> Result<()> {
+        let vma = self.mover.host.find_vma(addr)?.ok_or(Error::NoVma { addr })?;
+        if !vma.read && !vma.write {
+            return Err(Error::Gone { addr });
+        }
+        if access.writes() && !vma.write {
+            return Err(Error::NotWritable { addr });
+        }
+        Ok(())
+    }
+
+    fn place(&self, range: &Range, state: &State, device: u32, want: Want, migratable: bool) -> Placement {
+        let history = state.moved.as_ref().map(|m| m.history).unwrap_or_default();
+        let facts = Facts {
+            span: range.span(),
+            access: want.access,
+            bracketed: want.bracketed,
+            device,
+            advice: self.advices.at(range.span().start),
+            sequential: 0,
+            history: &history,
+        };
+        self.mover.placement(&facts, migratable)
+    }
+
+    /// Remote access needs the truth with the application; device-resident truth of this device may stay.
+    fn settle_for_remote(
+        &self,
+        range: &Arc<Range>,
+        state: &mut State,
+        device: u32,
+        want: Want,
+    ) -> Result<()> {
+        if want.access == GpuAccess::Atomic && !self.mover.device(device).info().system_atomics {
+            return Err(Error::NotSupported(format!(
+                "atomics on {} over the link: it cannot move to device memory (file, shared, pinned or locked memory)",
+                range.span()
+            )));
+        }
+        let whole = state.moved.as_ref().is_some_and(|m| {
+            m.device == device && m.strayed.is_empty() && m.vram.count() == range.span().pages()
+        });
+        if whole && (!want.leaves(range.span()) || range.data.is_pinned()) {
+            return Ok(());
+        }
+        self.mover.unshare_copy(range, state);
+        self.mover.to_host(range, state, &PageMask::first(range.span().pages()), want.cause)
+    }
+}
+
+fn may_be_remote(want: Want, atomics: bool) -> bool {
+    want.access != GpuAccess::Atomic || atomics
+}

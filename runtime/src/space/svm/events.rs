@@ -1,0 +1,280 @@
+//! What the kernel reports of the mappings: unmapped, dropped, moved; and the garbage that leaves.
+//!
+//! # Overview
+//! Each report takes the device's mappings away first and corrects the ranges' records after. Contents that mremap took
+//! elsewhere wait in the list of landings until the kernel lets them land.
+
+use std::sync::{Arc, MutexGuard};
+use std::time::Instant;
+
+use super::{DROPPING, Landing, Svm, back_off};
+use crate::ground::addr::{PageMask, Span};
+use crate::ground::error::{Error, Result};
+use crate::observe::stats::Cause;
+use crate::observe::watch::Change;
+use crate::space::mover::Range;
+use crate::space::residency::State;
+use crate::space::{Event, EventKind};
+
+impl Svm {
+    /// Pages of `part` whose truth is away although the mapping it was taken from is not there any more. A mapping that
+    /// replaced one was never registered.
+    pub(super) fn strangers(&self, range: &Range, state: &State, part: Span) -> PageMask {
+        let mut found = PageMask::EMPTY;
+        let Some(m) = &state.moved else { return found };
+        let span = range.span();
+        let away = m.vram.or(&m.strayed).and(&PageMask::of(span, part));
+        let mut runs: Vec<(usize, usize)> = away.runs().collect();
+        while let Some((first, count)) = runs.pop() {
+            if self.mover.host.is_registered(span.page_run(first, count)) {
+                continue;
+            }
+            if count == 1 {
+                found.set(first);
+                continue;
+            }
+            let half = count / 2;
+            runs.extend([(first, half), (first + half, count - half)]);
+        }
+        found
+    }
+
+    /// Mappings under `strangers` of the range were replaced and the event that says so is late: their old contents are
+    /// nobody's. The range's other pages are as good as before.
+    pub(super) fn replaced(&self, range: &Arc<Range>, strangers: &PageMask) {
+        for (first, count) in strangers.runs() {
+            self.unmapped(range.span().page_run(first, count));
+        }
+    }
+
+    /// The pages of `span` that lie in registered mappings now.
+    fn registered(&self, span: Span) -> PageMask {
+        let mut mask = PageMask::EMPTY;
+        let mut todo = vec![span];
+        while let Some(part) = todo.pop() {
+            if self.mover.host.is_registered(part) {
+                mask = mask.or(&PageMask::of(span, part));
+            } else if part.pages() > 1 {
+                let half = part.pages() / 2;
+                todo.extend([part.page_run(0, half), part.page_run(half, part.pages() - half)]);
+            }
+        }
+        mask
+    }
+
+    /// Destroys ranges whose mappings went away, as the kernel does before each device access.
+    pub fn collect_garbage(&self) -> Result<()> {
+        if self.space.garbage_len() == 0 {
+            return Ok(());
+        }
+        if !self.settle_landings() {
+            return Err(Error::Again { what: "landing what mremap moved", tries: 1 });
+        }
+        self.space.collect_garbage(|range| self.destroy(range, Cause::User)).map(|_| ())
+    }
+
+    /// Brings home what is left of a range and gives up what it holds. Work that had it pinned lost its mapping with the
+    /// event already and faults again; to wait for that work here could be to wait for the caller's own.
+    fn destroy(&self, range: &Arc<Range>, cause: Cause) -> Result<()> {
+        // Held until the range's own lock is: what mremap takes away is on this list before it can be collected.
+        let landings = self.landings();
+        if landings.iter().any(|landing| Arc::ptr_eq(&landing.range, range)) {
+            return Err(Error::Again { what: "landing what mremap moved", tries: 1 });
+        }
+        let mut state = range.data.lock();
+        drop(landings);
+        self.salvage(range, &mut state, cause)?;
+        self.mover.dissolve(range, &mut state);
+        Ok(())
+    }
+
+    /// Brings all of the range home. What a lost device took with it is reported as lost.
+    pub(super) fn salvage(&self, range: &Arc<Range>, state: &mut State, cause: Cause) -> Result<()> {
+        let all = PageMask::first(range.span().pages());
+        match self.mover.to_host(range, state, &all, cause) {
+            Err(e @ Error::DeviceLost { .. }) => {
+                self.write_off(range, state, e);
+                self.mover.to_host(range, state, &all, cause)
+            }
+            other => other,
+        }
+    }
+
+    pub(super) fn invalidate(&self, kind: EventKind, span: Span) -> Vec<Arc<Range>> {
+        let started = Instant::now();
+        let mut hit = Vec::new();
+        self.space.invalidate(Event::new(kind, span), |range, _| {
+            for place in &self.mover.places {
+                place.device.unbind(range.span());
+            }
+            hit.push(range.clone());
+        });
+        if !hit.is_empty() {
+            self.mover.observer.invalidated(span, started);
+        }
+        hit
+    }
+
+    /// munmap, or a mapping placed over `span`: its contents are gone. Device mappings are gone when this returns.
+    pub fn unmapped(&self, span: Span) {
+        self.unmapped_meanwhile(span, &|| ());
+    }
+
+    /// [`Svm::unmapped`] as an event: `read_on` is done again and again while another thread has a range in its hands, which
+    /// may be waiting for an event of its own to be read.
+    pub fn unmapped_meanwhile(&self, span: Span, read_on: &dyn Fn()) {
+        self.mover.observer.watch.tell(Change::Unmapped, span);
+        self.abandon_landings(span, read_on);
+        let mut kept = Vec::new();
+        for range in self.invalidate(EventKind::Unmap, span) {
+            let mut state = lock_meanwhile(&range, read_on);
+            let part = range.span().intersect(span).unwrap_or(range.span());
+            // An event may be older than the mapping that stands there now and has gone to the device already: a mapping
+            // is only ever registered by a migration, so what is registered is the newer one's. The garbage collector
+            // brings that home.
+            let newer = self.registered(part);
+            let mut gone = PageMask::EMPTY;
+            for (first, count) in PageMask::first(part.pages()).minus(&newer).runs() {
+                let run = part.page_run(first, count);
+                gone = gone.or(&PageMask::of(range.span(), run));
+            }
+            self.mover.drop_pages(&range, &mut state, &gone, true);
+            kept.extend(newer.runs().map(|(first, count)| part.page_run(first, count)));
+        }
+        self.forget_all_but(span, &kept);
+    }
+
+    /// Forgets the registration of `span`, without the ascending spans `kept`.
+    fn forget_all_but(&self, span: Span, kept: &[Span]) {
+        let mut at = span.start;
+        for next in kept.iter().chain([&Span::new(span.end, span.end)]) {
+            if at < next.start {
+                self.mover.host.forget(Span::new(at, next.start));
+            }
+            at = next.end;
+        }
+    }
+
+    /// madvise(DONTNEED, FREE, REMOVE) is about to drop the contents of `span`, the mapping stays. `read_on` as in
+    /// [`Svm::unmapped_meanwhile`].
+    ///
+    /// The kernel reports before it drops, and lets the caller go on when the report is read. A page that leaves in
+    /// between would escape, and its old contents would come back: see `Svm::being_dropped`.
+    pub fn discarded(&self, span: Span, read_on: &dyn Fn()) {
+        self.mover.observer.watch.tell(Change::Dropped, span);
+        self.dropping().push((span, Instant::now()));
+        self.abandon_landings(span, read_on);
+        for range in self.invalidate(EventKind::Clear, span) {
+            let mut state = lock_meanwhile(&range, read_on);
+            self.mover.unshare_copy(&range, &mut state);
+            self.mover.drop_pages(&range, &mut state, &PageMask::of(range.span(), span), false);
+        }
+    }
+
+    /// mremap took `[from, from + len)` to `to`; what was on the device follows it. `read_on` as in
+    /// [`Svm::unmapped_meanwhile`].
+    ///
+    /// The kernel says that the old place is unmapped in an event of its own, after this one, and refuses flips until that
+    /// is read. So the contents leave their range here and land when the kernel lets them.
+    pub fn moved(&self, from: u64, to: u64, len: u64, read_on: &dyn Fn()) {
+        let old = Span::sized(from, len);
+        self.mover.observer.watch.tell(Change::Moved, old);
+        let shift = to.wrapping_sub(from);
+        self.unmapped_ranges_only(Span::sized(to, len), read_on);
+        self.mover.host.moved(from, to, len);
+        self.abandon_landings(Span::sized(to, len), read_on);
+        let mut landings = self.landings();
+        shift_landings(&mut landings, old, shift);
+        for range in self.invalidate(EventKind::Unmap, old) {
+            let pages = PageMask::of(range.span(), old);
+            let to = Span::sized(range.span().start.wrapping_add(shift), range.span().len());
+            let mut state = lock_meanwhile(&range, read_on);
+            if let Err(e) = self.mover.leave(&range, &mut state, &pages) {
+                tracing::error!(span = %to, "memory moved by mremap is lost: {e}");
+            }
+            drop(state);
+            landings.push(Landing { range, pages, to });
+        }
+        drop(landings);
+        self.settle_landings();
+    }
+
+    /// Contents at the destination of an mremap are gone; its registration is about to be another's.
+    fn unmapped_ranges_only(&self, span: Span, read_on: &dyn Fn()) {
+        for range in self.invalidate(EventKind::Unmap, span) {
+            let mut state = lock_meanwhile(&range, read_on);
+            self.mover.drop_pages(&range, &mut state, &PageMask::of(range.span(), span), true);
+        }
+    }
+
+    /// What was to land in `span` is nobody's any more.
+    fn abandon_landings(&self, span: Span, read_on: &dyn Fn()) {
+        for landing in self.landings().iter_mut().filter(|landing| landing.to.overlaps(span)) {
+            let gone = landing.pages.and(&PageMask::of(landing.to, span));
+            self.mover.abandon(&landing.range, &mut lock_meanwhile(&landing.range, read_on), &gone);
+            landing.pages = landing.pages.minus(&gone);
+        }
+    }
+
+    fn dropping(&self) -> MutexGuard<'_, Vec<(Span, Instant)>> {
+        self.dropping.lock().unwrap_or_else(|p| p.into_inner())
+    }
+
+    /// Whether pages of `span` are there that a madvise may be about to drop. They stay until that is certainly over.
+    pub(super) fn being_dropped(&self, span: Span) -> bool {
+        let mut dropping = self.dropping();
+        dropping.retain(|(_, since)| since.elapsed() < DROPPING);
+        let parts: Vec<Span> = dropping.iter().filter_map(|(at, _)| at.intersect(span)).collect();
+        drop(dropping);
+        let marked = parts.iter().fold(PageMask::EMPTY, |sum, part| sum.or(&PageMask::of(span, *part)));
+        !marked.is_empty() && !marked.and(&self.mover.host.present(span)).is_empty()
+    }
+
+    pub(super) fn landings(&self) -> MutexGuard<'_, Vec<Landing>> {
+        self.landings.lock().unwrap_or_else(|p| p.into_inner())
+    }
+
+    /// Also when that cannot be told now.
+    pub(super) fn awaits_landing(&self, page: u64) -> bool {
+        let Ok(landings) = self.landings.try_lock() else { return true };
+        landings.iter().any(|l| l.to.contains(page) && l.pages.get(l.to.page_index(page)))
+    }
+
+    /// Lands what mremap took elsewhere; `false` if some could not yet.
+    pub fn settle_landings(&self) -> bool {
+        let mut landings = self.landings();
+        landings.retain(|landing| {
+            // Not waited for: see `unmapped_meanwhile`.
+            let Some(mut state) = landing.range.data.try_lock() else { return true };
+            self.mover.land_elsewhere(&landing.range, &mut state, &landing.pages, landing.to).is_err()
+        });
+        landings.is_empty()
+    }
+}
+
+/// What was to land in `old` lands `shift` further: mremap moved its place before it arrived.
+fn shift_landings(landings: &mut Vec<Landing>, old: Span, shift: u64) {
+    let mut shifted = Vec::new();
+    for landing in landings.iter_mut() {
+        let pages = landing.pages.and(&PageMask::of(landing.to, old));
+        if !pages.is_empty() {
+            landing.pages = landing.pages.minus(&pages);
+            let to = Span::sized(landing.to.start.wrapping_add(shift), landing.to.len());
+            shifted.push(Landing { range: landing.range.clone(), pages, to });
+        }
+    }
+    landings.append(&mut shifted);
+}
+
+/// Locks the range's state; does `read_on` again and again until it has it.
+fn lock_meanwhile<'a>(range: &'a Range, read_on: &dyn Fn()) -> MutexGuard<'a, State> {
+    let mut tries = 0;
+    loop {
+        if let Some(state) = range.data.try_lock() {
+            return state;
+        }
+        read_on();
+        back_off(tries.min(63));
+        tries += 1;
+    }
+}
