@@ -9,6 +9,7 @@ pub mod child;
 pub mod kernel;
 pub mod play;
 pub mod probe;
+pub mod report;
 pub mod rules;
 pub mod served;
 pub mod side;

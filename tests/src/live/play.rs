@@ -15,17 +15,16 @@
 //! Which chunk becomes a range is taken from the trace (the replay judges it): usvm is given the kernel's ranges. Where the
 //! trace has chunk sizes that usvm cannot move (8M, 512K, 16K), residency is not compared.
 
-use std::collections::BTreeMap;
-
 use usvm::GpuAccess;
 use usvm::ground::addr::{SZ_4K, Span};
 use usvm::space::ports::{Vma, VmaKind};
 
 use super::child::{Child, Order, fork_and_exit};
 use super::kernel::Kernel;
+use super::report::Report;
 use super::rules::{Case, Rule, refusal};
-use super::served::{Held, Place, Served, Setup};
-use super::side::{Errno, Side, WORDS, advice};
+use super::served::{Held, Place, Sabotage, Served, Setup};
+use super::side::{Errno, Side, WORDS, advice, pattern};
 use crate::replay::trace::{Op, RangeView, Trace};
 
 /// The twin's arena lies so far above usvm's.
@@ -34,27 +33,6 @@ const TWIN: u64 = 1 << 40;
 const ALL_EVERY: usize = 64;
 /// Word of a page that `race` counts in.
 const COUNTER: usize = 8;
-
-/// What playing one trace showed.
-#[derive(Debug, Default)]
-pub struct Report {
-    /// The trace.
-    pub name: String,
-    /// Operations done.
-    pub operations: usize,
-    /// Differences that nothing explains.
-    pub differences: Vec<String>,
-    /// How many pages each rule excused.
-    pub meant: BTreeMap<Rule, usize>,
-    /// Pages whose contents were compared.
-    pub contents: usize,
-    /// Pages whose contents were compared while they were on the device.
-    pub device_contents: usize,
-    /// Pages whose residency was compared, counted at each operation at which either side moved one.
-    pub residency: usize,
-    /// Why the trace was not played to its end.
-    pub cut: Option<String>,
-}
 
 /// What an operation's answer is on each side.
 struct Answers {
@@ -111,6 +89,9 @@ pub fn play(trace: &Trace, setup: &Setup) -> Result<Report, String> {
             eprintln!("{} {}", trace.name, op.text());
         }
         player.step(op);
+        if let Some((number, sabotage)) = setup.sabotage.filter(|(number, _)| *number == op.number) {
+            player.sabotage(number, sabotage)?;
+        }
         player.report.operations += 1;
     }
     Ok(player.finish())
@@ -148,6 +129,23 @@ impl<'a> Player<'a> {
         self.places.fill(Place::Host);
         self.compare_contents(None, (0..self.trace.arena.pages()).collect());
         self.report
+    }
+
+    /// Breaks something, for a test that looks whether it is noticed.
+    fn sabotage(&mut self, number: usize, sabotage: Sabotage) -> Result<(), String> {
+        let served = self.served.as_ref().ok_or("there is nothing to break yet")?;
+        let away = (0..self.places.len()).filter(|&i| self.places[i] == Place::Device);
+        let page = away.map(|i| self.trace.arena.page_run(i, 1)).next();
+        let done = match (sabotage, page) {
+            (Sabotage::Byte, _) => served.flip_a_byte(),
+            (Sabotage::Place, Some(page)) => served.evict(page).map(|()| true),
+            (Sabotage::Place, None) => Ok(false),
+        };
+        match done {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(format!("nothing is on the device after operation {number}")),
+            Err(e) => Err(e.to_string()),
+        }
     }
 
     fn wrong(&mut self, op: Option<&Op>, what: impl std::fmt::Display) {
@@ -492,8 +490,15 @@ impl<'a> Player<'a> {
         let twin = self.twin_of(span.start);
         if op.name == "gpuw" {
             let value = (op.number as u64) << 20;
-            Side::store(twin, span.len(), value);
             let done = served.store(span, value);
+            match (&done, refusal(op, span, &self.kernel)) {
+                (Err(e), Some((rule, errno))) if e.errno() == errno => {
+                    self.excuse(rule, 1);
+                    self.store_by_force(op, span, value);
+                    return None;
+                }
+                _ => Side::store(twin, span.len(), value),
+            };
             return Some(Answers {
                 live: done.map_or_else(|e| e.to_string(), |()| "0".into()),
                 twin: "0".into(),
@@ -507,6 +512,23 @@ impl<'a> Player<'a> {
             live: seen.map_or_else(|e| e.to_string(), |sum| format!("0 sum={sum:x}")),
             twin: format!("0 sum={sum:x}"),
         })
+    }
+
+    /// The kernel's device stored where the program may not: so that both go on with the same contents. What is away
+    /// cannot be written by force.
+    fn store_by_force(&mut self, op: &Op, span: Span, value: u64) {
+        let home = self.served.as_ref().map(|served| served.evict(span).and_then(|()| served.let_go(span)));
+        if let Some(Err(e)) = home {
+            self.wrong(Some(op), format_args!("usvm does not let go: {e}"));
+        }
+        for i in 0..span.pages() as u64 {
+            let at = span.start + i * SZ_4K;
+            for at in [at, self.twin_of(at)] {
+                if let Err(e) = Side::force_page(at, &pattern(value + i)) {
+                    self.wrong(Some(op), format_args!("{at:#x} cannot be written: {e}"));
+                }
+            }
+        }
     }
 
     /// Gives usvm the ranges that the kernel has.

@@ -57,6 +57,7 @@ pub fn refusal(op: &Op, span: Span, kernel: &Kernel) -> Option<(Rule, i32)> {
     match op.name.as_str() {
         "migrate" if !vma.read => Some((Rule::NoAccess, libc::EFAULT)),
         "pages" if !read_only && !vma.write => Some((Rule::ReadOnly, libc::EPERM)),
+        "gpuw" if !vma.write => Some((Rule::ReadOnly, libc::EPERM)),
         _ => None,
     }
 }
@@ -128,6 +129,9 @@ impl Case<'_> {
         }
         if stale && came {
             return Some(Rule::Collected);
+        }
+        if self.is(&["gpuw"]) && came && refusal(self.op, self.page, self.kernel).is_some() {
+            return Some(Rule::ReadOnly);
         }
         if self.let_go && came && self.held.is_some_and(|h| h.span.overlaps(self.op.span())) {
             return Some(Rule::Divided);

@@ -59,6 +59,24 @@ pub struct Setup {
     pub policy: String,
     /// This machine is for nothing else: its settings may be changed.
     pub own_machine: bool,
+    /// What to break after which operation.
+    pub sabotage: Option<(usize, Sabotage)>,
+}
+
+impl Default for Setup {
+    /// The kernel's policy, on a machine that others use, too.
+    fn default() -> Self {
+        Self { policy: "gpusvm".into(), own_machine: false, sabotage: None }
+    }
+}
+
+/// What a test of the comparer breaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sabotage {
+    /// A byte of device memory.
+    Byte,
+    /// Where a range is.
+    Place,
 }
 
 /// Chunk sizes that usvm can move.
@@ -70,7 +88,7 @@ fn movable(sizes: &[u64]) -> Vec<u64> {
 impl Served {
     /// Starts usvm for a space of the trace.
     pub fn start(setup: &Setup, arena: Span, notifier: u64, chunks: &[u64], vram: u64) -> Result<Self, String> {
-        let mut config = Config::from_env().map_err(|e| e.to_string())?;
+        let mut config = Config::default();
         config.policy.clone_from(&setup.policy);
         config.notifier_size = notifier;
         config.chunk_sizes = movable(chunks);

@@ -223,10 +223,11 @@ impl Side {
         unsafe { probe::copy(page.as_mut_ptr(), Self::page(at), WORDS) }.ok().map(|()| page)
     }
 
-    /// Puts a whole page there, if it can be written.
-    pub fn write_page(at: u64, page: &Page) -> bool {
-        // SAFETY: arena memory, a page of it.
-        unsafe { probe::copy(Self::page(at), page.as_ptr(), WORDS) }.is_ok()
+    /// Puts a whole page there, even if the mapping does not allow it: as a debugger does.
+    pub fn force_page(at: u64, page: &Page) -> std::io::Result<()> {
+        use std::os::unix::fs::FileExt;
+        let bytes: Vec<u8> = page.iter().flat_map(|word| word.to_le_bytes()).collect();
+        OpenOptions::new().write(true).open("/proc/self/mem")?.write_all_at(&bytes, at)
     }
 
     /// The mappings inside the arena now. Neighbours that differ in nothing shown are one.
