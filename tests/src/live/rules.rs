@@ -62,6 +62,98 @@ pub fn refusal(op: &Op, span: Span, kernel: &Kernel) -> Option<(Rule, i32)> {
     }
 }
 
+/// What is written about a rule.
+#[derive(Debug, Clone, Copy)]
+pub struct Meant {
+    /// Which.
+    pub rule: Rule,
+    /// What the kernel does.
+    pub kernel: &'static str,
+    /// What usvm does.
+    pub usvm: &'static str,
+    /// Why.
+    pub reason: &'static str,
+    /// When the comparer expects it.
+    pub predicate: &'static str,
+}
+
+macro_rules! meant {
+    ($($rule:ident: $kernel:literal, $usvm:literal, $reason:literal, $predicate:literal;)*) => {
+        /// All of them.
+        pub const MEANT: &[Meant] = &[$(
+            Meant { rule: Rule::$rule, kernel: $kernel, usvm: $usvm, reason: $reason, predicate: $predicate },
+        )*];
+    };
+}
+
+meant! {
+    Fork: "device pages stay where they are when the process forks",
+        "everything comes home before the fork",
+        "the child has no usvm that could bring its copy back",
+        "fork: a page that was on the device";
+    Collected: "a range that lost a part of its mapping keeps device pages until the driver collects it",
+        "it is collected at once and its other pages come home",
+        "usvm is driver and collector in one; the rest gets ranges that fit the mappings at its next use",
+        "a page of a range with UNMAPPED, at the operation that set it";
+    Rangeless: "device pages stay when their range is removed, or the whole space",
+        "they come home with the range",
+        "usvm finds pages by their range",
+        "a page of a range that went at this operation, or destroy";
+    Immovable: "read-only, executable, write-only, inaccessible and locked anonymous memory migrates",
+        "it is reached over the link",
+        "UFFDIO_MOVE takes pages only out of plain writable mappings",
+        "migrate of the page's range; the mapping is not rw-, or locked";
+    Whole: "EBUSY and nothing moves where some pages of the range are on the device already",
+        "the rest goes there, too",
+        "a range has one device allocation, whatever came back of it",
+        "migrate of the page's range that the kernel answers with EBUSY";
+    Mixed: "one range may be mapped half from the device, half from system memory",
+        "it is mapped where it is if all of it is on the device; otherwise it comes home",
+        "a range is bound with one entry",
+        "pages, gpuw or gpur of a range of which usvm had a part on the device";
+    Moved: "device pages stay on the device when mremap moves their mapping",
+        "they land in the new place as host pages",
+        "the new place has no range, and need not have room for one of the same size",
+        "mremap: a page inside the destination";
+    Full: "ENOSPC: making room is the driver's business",
+        "the coldest ranges are evicted and the range goes",
+        "usvm is the driver",
+        "migrate that the kernel answers with ENOSPC; or a page of another range, if the largest free piece of device memory \
+         is smaller than the range";
+    Unit: "a CPU access brings back one allocation of device memory",
+        "it brings back the range",
+        "a range has one allocation; the kernel's may have several, of ranges that it had before",
+        "a CPU access that meets the page's range in usvm: it is home; that does not: it stays";
+    Child: "a child's access to device pages that it shares brings back its parent's, too",
+        "the parent's pages stay on the device",
+        "the child has had its own copy since the fork",
+        "an access of the child; the page stays where it was";
+    Race: "what is where after two threads raced for a range is up to chance",
+        "the same",
+        "both are right",
+        "race: a page of its span; usvm has it at home";
+    ReadOnly: "a device mapping that is valid, or of device pages, can be written although the program's mapping cannot",
+        "EPERM",
+        "the program asked for protection",
+        "pages without ro, or gpuw, where the mapping is not writable: EPERM and nothing else";
+    NoAccess: "memory without read permission migrates",
+        "EFAULT",
+        "neither UFFDIO_MOVE nor an access over the link can reach it",
+        "migrate where the mapping is not readable: EFAULT or as Immovable";
+    Divided: "mremap moves what is one mapping to the program",
+        "EFAULT if usvm has registered a part of it, until the program has usvm let go",
+        "the kernel moves no mapping under userfaultfd together with a neighbour",
+        "mremap of a span of several mappings, one registered: usvm lets go first, then it must succeed";
+    Recut: "a range stays as it is when mprotect divides its mapping",
+        "it comes home at the next device access and gets ranges that fit the mappings",
+        "protection and the right to flip are a mapping's",
+        "migrate by a fault; usvm's range at the address is smaller than the kernel's and does not hold the page";
+    Collapse: "MADV_COLLAPSE fetches device pages and makes them huge",
+        "they stay on the device; the advice answers EINVAL",
+        "the kernel collapses nothing that waits for userfaultfd",
+        "madvise collapse; the page stays where it was";
+}
+
 /// One page at one operation.
 #[derive(Debug)]
 pub struct Case<'a> {
@@ -124,7 +216,7 @@ impl Case<'_> {
         if self.is(&["race"]) {
             return Some(Rule::Race);
         }
-        if self.is(&["destroy", "remove"]) || self.gone || (self.range.is_none() && came) {
+        if came && (self.is(&["destroy"]) || self.gone) {
             return Some(Rule::Rangeless);
         }
         if stale && came {
@@ -163,7 +255,8 @@ impl Case<'_> {
         if self.is(&["migrate"]) && self.is_targeted() {
             return match self.op.result.as_str() {
                 "ENOSPC" => Some(Rule::Full),
-                _ => Some(Rule::Whole),
+                "EBUSY" => Some(Rule::Whole),
+                _ => None,
             };
         }
         let stayed = self.before == Place::Device;
