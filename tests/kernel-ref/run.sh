@@ -29,7 +29,7 @@ prerequisites() {
     [ "$(id -u)" = 0 ] || skip "not root (the chroot needs it)"
     [ "$(uname -m)" = x86_64 ] || skip "not x86_64"
     local tool
-    for tool in qemu-system-x86_64 dpkg-deb unshare chroot cpio xz python3 sha256sum curl flock; do
+    for tool in qemu-system-x86_64 objcopy dpkg-deb unshare chroot cpio xz python3 sha256sum curl flock; do
         command -v $tool >/dev/null || skip "no $tool"
     done
     unshare -m true 2>/dev/null || skip "no right to make a mount namespace"
@@ -198,7 +198,10 @@ boot() {
     rm -rf "$dir/out.img" "$dir/tree" "$dir/initramfs.gz"
     tr -d '\r' <"$dir/console.txt" | grep -E '^(guest|driver): |operations, ' || true
     if grep -E 'WARNING:|BUG:|Oops' "$dir/out/dmesg.txt"; then fail "the kernel complained: $dir/out/dmesg.txt"; fi
-    if grep -q 'guest: FAILED' "$dir/console.txt"; then fail "a job failed"; fi
+    if grep -q 'guest: FAILED' "$dir/console.txt"; then
+        tail -n 20 "$dir"/out/*.out >&2 || true
+        fail "a job failed"
+    fi
 }
 
 scratch() {
@@ -228,6 +231,20 @@ judge() { # traces
     replay "$@"
 }
 
+# The program that plays traces live, on a running usvm: one static file for the machine and for here.
+build_live() {
+    local target=x86_64-unknown-linux-gnu out
+    say "building usvm-live"
+    out=$(RUSTFLAGS="-C target-feature=+crt-static" nice "$cargo" build --release --quiet --message-format=json-render-diagnostics \
+        --manifest-path "$here/../Cargo.toml" --target $target --bin usvm-live 9>&- |
+        sed -n 's/.*"executable":"\([^"]*usvm-live\)".*/\1/p')
+    [ -n "$out" ] || fail "usvm-live does not build"
+    mkdir -p "$cache/live/bin"
+    # Debug information would only fill the machine's memory.
+    objcopy --strip-debug "$out" "$cache/live/bin/usvm-live" || fail "objcopy (binutils) is needed"
+    EXTRA=$cache/live
+}
+
 replay() {
     nice "$cargo" run --release --quiet --manifest-path "$here/../Cargo.toml" --bin usvm-replay -- "$@" 9>&-
 }
@@ -251,8 +268,14 @@ fresh() {
     local seed=${SEED:-$(date +%s)} ops=${OPS:-100000}
     say "SEED=$seed OPS=$ops"
     random_jobs "$seed" "$ops" >"$work/jobs"
+    local s
+    for s in "$here"/scripts/*.ops; do s=${s##*/}; echo "script ${s%.ops}"; done >>"$work/jobs"
+    echo 'run usvm-live --own-machine /out/*.trace' >>"$work/jobs"
+    build_live
     replay "$here"/traces/*.trace.xz | tail -n 1 | sed 's/^/kept traces: /' # before the machine, so that it is built
     boot "$work"
+    grep -v '^live: ' "$work/out/usvm-live.out" | grep -F ': op ' || true
+    grep '^live: ' "$work/out/usvm-live.out"
     judge "$work"/out/*.trace
 }
 

@@ -2,7 +2,7 @@
 //! same at every operation, the default mode the same but for the written differences.
 
 use std::io::Write;
-use usvm_tests::replay::{Totals, differences_file, kept_traces, replay, trace};
+use usvm_tests::replay::{Totals, differences_file, kept_traces, replay, tables, trace};
 
 #[test]
 fn recorded_traces_give_the_same() {
@@ -27,5 +27,14 @@ fn recorded_traces_give_the_same() {
     assert!(
         written == totals.differences_md(),
         "DIFFERENCES.md is stale: cargo run -p usvm-tests --bin usvm-replay -- --write-differences"
+    );
+}
+
+#[test]
+fn the_tables_of_meant_differences_are_those_that_the_comparers_use() {
+    let written = std::fs::read_to_string(tables::file()).unwrap();
+    assert!(
+        written == tables::renewed(&written).unwrap(),
+        "ARCHITECTURE.md is stale: cargo run -p usvm-tests --bin usvm-replay -- --write-differences"
     );
 }

@@ -366,11 +366,24 @@ impl Mover {
         if whole && m.retained.is_empty() && self.host.shadow_adopt_prepared(shadow) {
             m.retained = PageMask::first(span.pages());
         }
+        let touched = stale.minus(&m.retained);
         for (first, count) in stale.runs() {
             dev.download(bo, shadow, first as u64 * SZ_4K, count as u64 * SZ_4K)?;
         }
         m.retained = m.retained.or(&stale);
         m.fresh = m.fresh.or(&stale);
+        if span.len() == SZ_2M && !touched.is_empty() {
+            // The first touch of an empty shadow may have brought a huge page. What nobody knows of would refuse the next
+            // flip: it is as good for the zero pages, and is given back elsewhere.
+            let surplus = self.host.present(shadow.span).minus(&m.retained);
+            let zeroes = surplus.and(&unbacked.minus(&stale));
+            m.retained = m.retained.or(&zeroes);
+            m.fresh = m.fresh.or(&zeroes);
+            let useless = surplus.minus(&zeroes);
+            if !useless.is_empty() {
+                self.host.shadow_release(shadow, &useless);
+            }
+        }
         Ok(bytes(&stale))
     }
 

@@ -1,11 +1,12 @@
 //! Replays recorded traces of the kernel's drm_gpusvm through usvm's space and says where they differ.
 //!
 //! `usvm-replay TRACE[.xz]...` ends in `N operations, M traces, K unexplained differences`; exit status 1 if K is not 0.
-//! `usvm-replay --write-differences` writes `tests/kernel-ref/DIFFERENCES.md` from the kept traces.
+//! `usvm-replay --write-differences` writes `tests/kernel-ref/DIFFERENCES.md` from the kept traces and the
+//! tables of ARCHITECTURE.md.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use usvm_tests::replay::{Totals, kept_traces, replay, trace};
+use usvm_tests::replay::{Totals, differences_file, kept_traces, replay, tables, trace};
 
 /// Differences shown for each trace.
 const SHOWN: usize = 10;
@@ -21,8 +22,8 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    if write && let Err(e) = std::fs::write(usvm_tests::replay::differences_file(), totals.differences_md()) {
-        eprintln!("usvm-replay: DIFFERENCES.md: {e}");
+    if write && let Err(e) = write_differences(&totals) {
+        eprintln!("usvm-replay: {e}");
         return ExitCode::FAILURE;
     }
     println!("{} invalidations", totals.invalidations);
@@ -43,4 +44,13 @@ fn run(paths: &[PathBuf]) -> Result<Totals, String> {
         totals.add(&report);
     }
     Ok(totals)
+}
+
+fn write_differences(totals: &Totals) -> Result<(), String> {
+    let put = |path: &Path, text: String| {
+        std::fs::write(path, text).map_err(|e| format!("{}: {e}", path.display()))
+    };
+    put(&differences_file(), totals.differences_md())?;
+    let document = std::fs::read_to_string(tables::file()).map_err(|e| format!("ARCHITECTURE.md: {e}"))?;
+    put(&tables::file(), tables::renewed(&document)?)
 }

@@ -71,12 +71,13 @@ impl Totals {
         format!("{operations} operations, {traces} traces, {differences} unexplained differences")
     }
 
-    /// The table of meant differences.
+    /// The table of meant differences, with how often each came up.
     pub fn differences_md(&self) -> String {
         let mut text = String::from(
             "# Where usvm means to differ from drm_gpusvm\n\n\
              Written by `cargo run -p usvm-tests --bin usvm-replay -- --write-differences` from the table in\n\
-             `tests/src/replay/meant.rs`; the test `kernel_replay` fails when this file is stale.\n\n\
+             `tests/src/replay/meant.rs`; the test `kernel_replay` fails when this file is stale. The same table and the one of a\n\
+             running usvm's residency (`tests/src/live/rules.rs`) stand in `ARCHITECTURE.md`, with the same check.\n\n\
              With `SpaceConfig::kernel_exact` there is no difference. By default there are these, and the comparer accepts\n\
              exactly these: the predicate says when, and what it expects instead.\n\n\
              | drm_gpusvm | usvm | reason | predicate | in the kept traces: operations it holds for, with another answer |\n\
@@ -84,15 +85,13 @@ impl Totals {
         );
         for m in &MEANT {
             let seen = self.meant.get(&m.rule).copied().unwrap_or_default();
-            let _ = writeln!(
-                text,
-                "| {} | {} | {} | {} | {}, {} |",
-                m.kernel, m.usvm, m.reason, m.predicate, seen.applied, seen.answers
-            );
+            let row = [m.kernel, m.usvm, m.reason, m.predicate].join(" | ");
+            let _ = writeln!(text, "| {row} | {}, {} |", seen.applied, seen.answers);
         }
         text.push_str(
             "\nNot judged here, because the host floor and the device decide it and the replay takes it from the trace: what\n\
-             migrate answers where the mapping allows it (0, EBUSY, ENOSPC), evict, devevict, scan, and contents.\n",
+             migrate answers where the mapping allows it (0, EBUSY, ENOSPC), evict, devevict, scan, and contents. The live run\n\
+             judges contents and residency.\n",
         );
         text
     }

@@ -18,6 +18,7 @@ pub mod compare;
 pub mod drive;
 pub mod host;
 pub mod meant;
+pub mod tables;
 pub mod trace;
 
 pub use compare::{Report, Totals, replay};
