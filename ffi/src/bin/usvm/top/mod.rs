@@ -14,7 +14,7 @@ mod screen;
 
 use std::io::{self, IsTerminal};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use ratatui::DefaultTerminal;
@@ -59,20 +59,24 @@ pub fn top(args: &TopArgs) -> Outcome {
     let mut terminal = ratatui::try_init().map_err(failed)?;
     let watched = watch(&mut terminal, viewer, model, args.delay);
     ratatui::restore();
-    watched.map(|()| 0).map_err(failed)
+    if let Ok(Some(signal)) = watched {
+        // Ends as without a handler.
+        let _ = signal_hook::low_level::emulate_default_handler(signal);
+    }
+    watched.map(|_| 0).map_err(failed)
 }
 
-/// Draws, looks and listens until the user has seen enough, or somebody else ends it.
+/// Draws, looks and listens until the user has seen enough, or a signal ends it, which it gives.
 fn watch(
     terminal: &mut DefaultTerminal,
     mut viewer: Viewer,
     mut model: Model,
     delay: Duration,
-) -> io::Result<()> {
+) -> io::Result<Option<i32>> {
     // The terminal must be put right before the process ends.
-    let ended = Arc::new(AtomicBool::new(false));
+    let ended = Arc::new(AtomicUsize::new(0));
     for signal in [SIGTERM, SIGHUP] {
-        signal_hook::flag::register(signal, ended.clone())?;
+        signal_hook::flag::register_usize(signal, ended.clone(), signal as usize)?;
     }
     let mut view = screen::View::default();
     let mut next_look = Instant::now() + delay;
@@ -80,13 +84,14 @@ fn watch(
         terminal.draw(|frame| screen::draw(frame, &model, &mut view))?;
         let wait = next_look.saturating_duration_since(Instant::now()).min(ASK_EVERY);
         let heard = heard(event::poll(wait))?;
-        if ended.load(Ordering::Relaxed) {
-            return Ok(());
+        match ended.load(Ordering::Relaxed) {
+            0 => {}
+            signal => return Ok(Some(signal as i32)),
         }
         if heard {
             match event::read()? {
                 Event::Key(key) if key.kind == KeyEventKind::Press && !view.key(meaning(key)) => {
-                    return Ok(());
+                    return Ok(None);
                 }
                 _ => {}
             }
