@@ -1,0 +1,106 @@
+//! What was allocated: SVM and USM blocks of this process, by address.
+//!
+//! # Overview
+//! A launch's arguments are pointers, often into the middle of a block; what the launch may touch is the whole block. The
+//! map answers which block an address lies in.
+//!
+//! # Locking
+//! One read-write lock, held for the look-up only, never over a call into the driver.
+
+use std::collections::BTreeMap;
+use std::sync::RwLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::types::{Bitfield, MEM_TYPE_DEVICE, MEM_TYPE_HOST, MEM_TYPE_SHARED, MEM_TYPE_UNKNOWN, Uint};
+
+/// Who asked for a block, and in which way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// `clSVMAlloc`.
+    Svm,
+    /// `clHostMemAllocINTEL`.
+    Host,
+    /// `clDeviceMemAllocINTEL`.
+    Device,
+    /// `clSharedMemAllocINTEL`.
+    Shared,
+}
+
+impl Kind {
+    /// The answer to `CL_MEM_ALLOC_TYPE_INTEL`.
+    pub fn usm_type(self) -> Uint {
+        match self {
+            Kind::Svm => MEM_TYPE_UNKNOWN,
+            Kind::Host => MEM_TYPE_HOST,
+            Kind::Device => MEM_TYPE_DEVICE,
+            Kind::Shared => MEM_TYPE_SHARED,
+        }
+    }
+}
+
+/// One block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Block {
+    /// First address.
+    pub base: usize,
+    /// Bytes.
+    pub size: usize,
+    /// How it was allocated.
+    pub kind: Kind,
+    /// The context it belongs to.
+    pub context: usize,
+    /// The device it was allocated for, or zero.
+    pub device: usize,
+    /// The flags that the program asked for.
+    pub flags: Bitfield,
+}
+
+/// The blocks of this process.
+pub struct Blocks {
+    map: RwLock<BTreeMap<usize, Block>>,
+    changes: AtomicU64,
+}
+
+/// All of them.
+pub static BLOCKS: Blocks = Blocks::new();
+
+impl Blocks {
+    const fn new() -> Self {
+        Self { map: RwLock::new(BTreeMap::new()), changes: AtomicU64::new(0) }
+    }
+
+    /// Adds a block. One that was there at the same address is gone without our having been told.
+    pub fn insert(&self, block: Block) {
+        self.map.write().unwrap_or_else(|p| p.into_inner()).insert(block.base, block);
+        self.changes.fetch_add(1, Ordering::Release);
+    }
+
+    /// Takes the block that begins at `base` out, if it is one of those that `wanted` accepts.
+    pub fn remove(&self, base: usize, wanted: impl FnOnce(&Block) -> bool) -> Option<Block> {
+        let mut map = self.map.write().unwrap_or_else(|p| p.into_inner());
+        if !map.get(&base).is_some_and(wanted) {
+            return None;
+        }
+        let gone = map.remove(&base);
+        self.changes.fetch_add(1, Ordering::Release);
+        gone
+    }
+
+    /// The block that `addr` lies in.
+    pub fn find(&self, addr: usize) -> Option<Block> {
+        let map = self.map.read().unwrap_or_else(|p| p.into_inner());
+        let (_, block) = map.range(..=addr).next_back()?;
+        (addr - block.base < block.size).then_some(*block)
+    }
+
+    /// The blocks of `context` whose kind `wanted` accepts.
+    pub fn of_context(&self, context: usize, wanted: impl Fn(Kind) -> bool) -> Vec<Block> {
+        let map = self.map.read().unwrap_or_else(|p| p.into_inner());
+        map.values().filter(|b| b.context == context && wanted(b.kind)).copied().collect()
+    }
+
+    /// Grows whenever a block comes or goes.
+    pub fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
+    }
+}
