@@ -3,12 +3,13 @@
 //! # Overview
 //! A launch's working set is what its kernel's pointers lead to ([`super::objects::Kernel::working_set`]). On a device
 //! that shares the host's memory it is counted and left where it is. If migrations are asked for (a policy or chaos in the
-//! environment), usvm's device plays the one that computes: the working set is brought there before the launch by
-//! `begin_access`, and again when the launch's event is complete. The processor's own accesses fetch back what they
-//! need, so results cannot change; that they do not is what this is for.
+//! environment), usvm's device plays the one that computes: the working set is brought there before the launch, and again
+//! when the launch's event is complete. The processor's own accesses fetch back what they need, so results cannot change;
+//! that they do not is what this is for.
 //!
-//! Such a device must not *hold* what it was given (`end_access` follows at once): the driver's threads are CPU threads,
-//! and would wait for the end of the bracket that ends when they are done.
+//! Nothing is *held* there (`Runtime::begin_access` would): the driver's threads are CPU threads, whose accesses would
+//! wait for the end of a bracket that ends when they are done; and the working set can contain pages of the very thread
+//! that launches, its stack or the pages that small blocks share with the rest of the heap.
 //!
 //! # Limits
 //! Drivers of devices with memory of their own move their buffers themselves, and no device of the runtime stands for
@@ -16,7 +17,7 @@
 
 use std::ffi::c_void;
 
-use usvm::{Access, GpuAccess, Location, Runtime};
+use usvm::{Fence, Location, Runtime};
 
 use super::capability::{Device, info};
 use super::dispatch::Dispatch;
@@ -89,19 +90,14 @@ fn stand_in(driver: &Dispatch, queue: Handle) -> Option<&'static Runtime> {
     Device::query(driver, device as Handle).shares_host().then_some(runtime)
 }
 
-/// Brings the working set to the stand-in, and lets go of it.
+/// Brings the working set to the stand-in.
 fn bring(runtime: &Runtime, set: &WorkingSet) {
     let blocks = set.blocks.iter().map(|b| (b.base as u64, b.size as u64));
     let pages = set.foreign.iter().map(|p| (*p as u64, 1));
-    let accesses: Vec<Access> =
-        blocks.chain(pages).map(|(addr, len)| Access { addr, len, access: GpuAccess::Write }).collect();
-    match runtime.begin_access(STAND_IN, &accesses) {
-        Ok(bracket) => {
-            COUNTS.launches_migrated.add(1);
-            let _ = runtime.end_access(bracket);
-        }
-        Err(_) => COUNTS.launches_refused.add(1),
-    }
+    let to = Location::Device(STAND_IN);
+    let fences: Vec<Fence> = blocks.chain(pages).map(|(addr, len)| runtime.prefetch(addr, len, to)).collect();
+    let refused = fences.iter().filter(|fence| fence.wait(None).is_err()).count();
+    if refused == 0 { COUNTS.launches_migrated.add(1) } else { COUNTS.launches_refused.add(1) }
 }
 
 /// The launch is complete: its data goes to the stand-in again.

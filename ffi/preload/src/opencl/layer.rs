@@ -1,13 +1,14 @@
 //! The interface to loaders with layers: `OPENCL_LAYERS=/path/libusvm_preload.so`.
 //!
 //! # Overview
-//! A loader asks `clGetLayerInfo` which interface the library has, then hands its entry points to `clInitLayer` and gets
-//! those that the layer wants in front. Entries that are null in what the layer gives are the loader's own, and a function
+//! A loader asks `clGetLayerInfo` which interface the library has, then hands its entry points to `clInitLayer` (since
+//! cl_khr_icd 2 to `clInitLayerWithProperties`) and gets those that the layer wants in front. Entries that are null in what the layer gives are the loader's own, and a function
 //! that the loader does not have is not invented.
 //!
 //! # Safety
-//! Both functions are called by loaders with the arguments of the Khronos header `cl_layer.h`. `clInitLayer` is a few
-//! instructions that add the caller's address as a fifth argument, because that is how the loader is told from others.
+//! The functions are called by loaders with the arguments of the Khronos header `cl_layer.h`. Those that take the entry
+//! points are two instructions that put the caller's address in the place of the fifth argument, because that is how the
+//! loader is told from others.
 
 use std::arch::naked_asm;
 use std::ffi::c_void;
@@ -43,7 +44,6 @@ pub unsafe extern "C" fn clGetLayerInfo(
 ///
 /// # Safety
 /// As `cl_layer.h` says.
-#[cfg(target_arch = "x86_64")]
 #[unsafe(no_mangle)]
 #[unsafe(naked)]
 pub unsafe extern "C" fn clInitLayer(
@@ -51,6 +51,23 @@ pub unsafe extern "C" fn clInitLayer(
     target: *const c_void,
     entries_ret: *mut Uint,
     layer: *mut *const c_void,
+) -> Int {
+    naked_asm!("mov r8, [rsp]", "jmp {init}", init = sym init)
+}
+
+/// `clInitLayerWithProperties`: the same for loaders of cl_khr_icd 2 and newer, which end their layers themselves. No
+/// property is defined yet; the layer needs no end.
+///
+/// # Safety
+/// As `cl_layer.h` says.
+#[unsafe(no_mangle)]
+#[unsafe(naked)]
+pub unsafe extern "C" fn clInitLayerWithProperties(
+    entries: Uint,
+    target: *const c_void,
+    entries_ret: *mut Uint,
+    layer: *mut *const c_void,
+    properties: *const Bitfield,
 ) -> Int {
     naked_asm!("mov r8, [rsp]", "jmp {init}", init = sym init)
 }
