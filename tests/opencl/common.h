@@ -65,11 +65,11 @@ static cl_kernel kernel_of(cl_program program, const char *name) {
     return kernel;
 }
 
-static void run(cl_kernel kernel, size_t items, cl_event *event) {
+static inline void run(cl_kernel kernel, size_t items, cl_event *event) {
     OK(clEnqueueNDRangeKernel(queue, kernel, 1, NULL, &items, NULL, 0, NULL, event));
 }
 
-static uint64_t sum_of(const uint32_t *words, size_t count) {
+static inline uint64_t sum_of(const uint32_t *words, size_t count) {
     uint64_t sum = 14695981039346656037u;
     for (size_t n = 0; n < count; n++) sum = (sum ^ words[n]) * 1099511628211u;
     return sum;

@@ -382,7 +382,7 @@ int main(int argc, char **argv) {
     vectors(program);
     list(program);
     commands(program);
-    queries();
+    if (exact) queries();
     if (exact) errors(program);
     OK(clReleaseProgram(program));
     OK(clReleaseCommandQueue(queue));
