@@ -1,5 +1,6 @@
 /* What the OpenCL test programs share: the first device, its queue, and checks that say what failed. */
 #define CL_TARGET_OPENCL_VERSION 300
+#define CL_USE_DEPRECATED_OPENCL_1_1_APIS
 #include <CL/cl.h>
 #include <CL/cl_ext.h>
 #include <stdint.h>

@@ -60,6 +60,18 @@ static void find_all(void) {
     CHECK(clGetExtensionFunctionAddressForPlatform(platform, "clNoSuchFunctionINTEL") == NULL);
 }
 
+/* The older way to a function, without a platform. */
+static void find_by_name_alone(void) {
+    clSharedMemAllocINTEL_fn alloc = clGetExtensionFunctionAddress("clSharedMemAllocINTEL");
+    clMemFreeINTEL_fn unmake = clGetExtensionFunctionAddress("clMemFreeINTEL");
+    CHECK(alloc && unmake && clGetExtensionFunctionAddress("clNoSuchFunctionINTEL") == NULL);
+    cl_int e;
+    char *p = alloc(context, device, NULL, 100, 0, &e);
+    OK(e);
+    p[99] = 1;
+    OK(unmake(context, p));
+}
+
 static void capabilities(void) {
     const cl_device_info names[] = {
         CL_DEVICE_HOST_MEM_CAPABILITIES_INTEL,
@@ -382,6 +394,7 @@ int main(int argc, char **argv) {
     vectors(program);
     list(program);
     commands(program);
+    if (exact) find_by_name_alone();
     if (exact) queries();
     if (exact) errors(program);
     OK(clReleaseProgram(program));

@@ -142,9 +142,3 @@ pub fn run(command: &mut Command) -> Ran {
         err: String::from_utf8_lossy(&output.stderr).into_owned(),
     }
 }
-
-/// Whether `name` is in the path.
-pub fn installed(name: &str) -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).any(|folder| folder.join(name).is_file())
-}

@@ -17,7 +17,7 @@
 
 use std::ffi::c_void;
 
-use usvm::{Fence, Location, Runtime};
+use usvm::{Fence, Hint, Location, Runtime};
 
 use super::capability::{Device, info};
 use super::dispatch::Dispatch;
@@ -40,15 +40,15 @@ impl Launch {
     /// Looks at the launch of `kernel` on `queue`, before the driver does.
     pub fn begin(driver: &Dispatch, queue: Handle, kernel: Handle) -> Self {
         COUNTS.launches.add(1);
-        let set = KERNELS.with(kernel as usize, |k| k.working_set()).unwrap_or_default();
-        COUNTS.working_set_bytes.add(set.bytes());
-        if !set.foreign.is_empty() {
-            COUNTS.system_pointer_launches.add(1);
-        }
-        let nothing = set.blocks.is_empty() && set.foreign.is_empty();
-        let moved = if nothing { None } else { stand_in(driver, queue) }.map(|runtime| {
+        let (bytes, system) = KERNELS.with(kernel as usize, |k| k.reach()).unwrap_or_default();
+        COUNTS.working_set_bytes.add(bytes);
+        COUNTS.system_pointer_launches.add(system.into());
+        let moved = stand_in(driver, queue).and_then(|runtime| {
+            let set = KERNELS
+                .with(kernel as usize, |k| k.working_set())
+                .filter(|set| *set != WorkingSet::default())?;
             bring(runtime, &set);
-            (runtime, set)
+            Some((runtime, set))
         });
         Self { moved, own_event: std::ptr::null_mut() }
     }
@@ -160,6 +160,16 @@ pub fn hint(addr: usize, len: usize, to: Where) {
             Where::Device => Location::Device(STAND_IN),
         };
         drop(runtime.prefetch(addr as u64, len as u64, to));
+    }
+}
+
+/// Advice about `[addr, addr + len)`. The extension defines no value but "none in particular" so far: what an earlier
+/// hint said is taken back.
+pub fn no_advice(addr: usize, len: usize) {
+    COUNTS.hints.add(1);
+    if let Some(runtime) = settings::runtime().filter(|_| len > 0) {
+        let _ = runtime.advise(addr as u64, len as u64, Hint::ReadMostly(false));
+        let _ = runtime.advise(addr as u64, len as u64, Hint::PreferredLocation(None));
     }
 }
 

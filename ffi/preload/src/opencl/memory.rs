@@ -8,13 +8,13 @@
 //! One read-write lock, held for the look-up only, never over a call into the driver.
 
 use std::collections::BTreeMap;
-use std::sync::RwLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::types::{Bitfield, MEM_TYPE_DEVICE, MEM_TYPE_HOST, MEM_TYPE_SHARED, MEM_TYPE_UNKNOWN, Uint};
 
 /// Who asked for a block, and in which way.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
     /// `clSVMAlloc`.
     Svm,
@@ -57,8 +57,14 @@ pub struct Block {
 
 /// The blocks of this process.
 pub struct Blocks {
-    map: RwLock<BTreeMap<usize, Block>>,
+    books: RwLock<Books>,
     changes: AtomicU64,
+}
+
+struct Books {
+    blocks: BTreeMap<usize, Block>,
+    /// Bytes of each kind in each context: what a kernel reaches that may reach a whole kind.
+    bytes: BTreeMap<(usize, Kind), u64>,
 }
 
 /// All of them.
@@ -66,41 +72,73 @@ pub static BLOCKS: Blocks = Blocks::new();
 
 impl Blocks {
     const fn new() -> Self {
-        Self { map: RwLock::new(BTreeMap::new()), changes: AtomicU64::new(0) }
+        let books = Books { blocks: BTreeMap::new(), bytes: BTreeMap::new() };
+        Self { books: RwLock::new(books), changes: AtomicU64::new(0) }
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, Books> {
+        self.books.read().unwrap_or_else(|p| p.into_inner())
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Books> {
+        self.books.write().unwrap_or_else(|p| p.into_inner())
     }
 
     /// Adds a block. One that was there at the same address is gone without our having been told.
     pub fn insert(&self, block: Block) {
-        self.map.write().unwrap_or_else(|p| p.into_inner()).insert(block.base, block);
+        let mut books = self.write();
+        books.take(block.base);
+        *books.bytes.entry((block.context, block.kind)).or_default() += block.size as u64;
+        books.blocks.insert(block.base, block);
         self.changes.fetch_add(1, Ordering::Release);
     }
 
     /// Takes the block that begins at `base` out, if it is one of those that `wanted` accepts.
     pub fn remove(&self, base: usize, wanted: impl FnOnce(&Block) -> bool) -> Option<Block> {
-        let mut map = self.map.write().unwrap_or_else(|p| p.into_inner());
-        if !map.get(&base).is_some_and(wanted) {
+        let mut books = self.write();
+        if !books.blocks.get(&base).is_some_and(wanted) {
             return None;
         }
-        let gone = map.remove(&base);
         self.changes.fetch_add(1, Ordering::Release);
-        gone
+        books.take(base)
     }
 
     /// The block that `addr` lies in.
     pub fn find(&self, addr: usize) -> Option<Block> {
-        let map = self.map.read().unwrap_or_else(|p| p.into_inner());
-        let (_, block) = map.range(..=addr).next_back()?;
+        let books = self.read();
+        let (_, block) = books.blocks.range(..=addr).next_back()?;
         (addr - block.base < block.size).then_some(*block)
     }
 
     /// The blocks of `context` whose kind `wanted` accepts.
     pub fn of_context(&self, context: usize, wanted: impl Fn(Kind) -> bool) -> Vec<Block> {
-        let map = self.map.read().unwrap_or_else(|p| p.into_inner());
-        map.values().filter(|b| b.context == context && wanted(b.kind)).copied().collect()
+        let books = self.read();
+        books.blocks.values().filter(|b| b.context == context && wanted(b.kind)).copied().collect()
+    }
+
+    /// Bytes of the blocks of `context` whose kind `wanted` accepts.
+    pub fn bytes_of_context(&self, context: usize, wanted: impl Fn(Kind) -> bool) -> u64 {
+        let books = self.read();
+        let kinds = books.bytes.range((context, Kind::Svm)..=(context, Kind::Shared));
+        kinds.filter(|((_, kind), _)| wanted(*kind)).map(|(_, bytes)| bytes).sum()
     }
 
     /// Grows whenever a block comes or goes.
     pub fn changes(&self) -> u64 {
         self.changes.load(Ordering::Acquire)
+    }
+}
+
+impl Books {
+    fn take(&mut self, base: usize) -> Option<Block> {
+        let block = self.blocks.remove(&base)?;
+        let key = (block.context, block.kind);
+        if let Some(bytes) = self.bytes.get_mut(&key) {
+            *bytes -= block.size as u64;
+            if *bytes == 0 {
+                self.bytes.remove(&key);
+            }
+        }
+        Some(block)
     }
 }

@@ -154,16 +154,9 @@ pub struct WorkingSet {
     pub foreign: Vec<usize>,
 }
 
-impl WorkingSet {
-    /// Bytes in all.
-    pub fn bytes(&self) -> u64 {
-        self.blocks.iter().map(|b| b.size as u64).sum()
-    }
-}
-
 impl Kernel {
-    /// All that a launch of it may touch.
-    pub fn working_set(&self) -> WorkingSet {
+    /// What the pointers lead to that it was given.
+    fn named(&self) -> WorkingSet {
         let pointers = self.arguments.values().chain(&self.svm_pointers).chain(&self.usm_pointers);
         let mut set = WorkingSet::default();
         for &pointer in pointers.filter(|p| **p != 0) {
@@ -172,14 +165,37 @@ impl Kernel {
                 None => set.foreign.push(pointer),
             }
         }
+        set.tidy();
+        set
+    }
+
+    /// All that a launch of it may touch.
+    pub fn working_set(&self) -> WorkingSet {
+        let mut set = self.named();
         if self.indirect.any() {
             set.blocks.extend(BLOCKS.of_context(self.context, |kind| self.indirect.has(kind)));
+            set.tidy();
         }
-        set.blocks.sort_unstable_by_key(|b| b.base);
-        set.blocks.dedup_by_key(|b| b.base);
-        set.foreign.sort_unstable();
-        set.foreign.dedup();
         set
+    }
+
+    /// Bytes of that, and whether there are pointers to memory of the system's allocator. Does not look at each block
+    /// that is reached indirectly.
+    pub fn reach(&self) -> (u64, bool) {
+        let set = self.named();
+        let counted_below = |b: &&Block| b.context == self.context && self.indirect.has(b.kind);
+        let named: u64 = set.blocks.iter().filter(|b| !counted_below(b)).map(|b| b.size as u64).sum();
+        let kinds = BLOCKS.bytes_of_context(self.context, |kind| self.indirect.has(kind));
+        (named + kinds, !set.foreign.is_empty())
+    }
+}
+
+impl WorkingSet {
+    fn tidy(&mut self) {
+        self.blocks.sort_unstable_by_key(|b| b.base);
+        self.blocks.dedup_by_key(|b| b.base);
+        self.foreign.sort_unstable();
+        self.foreign.dedup();
     }
 }
 

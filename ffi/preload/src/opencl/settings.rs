@@ -4,6 +4,8 @@
 //! Nothing happens when the library is loaded. The first loader that is met makes the layer read its configuration,
 //! stay in memory for good, and, if statistics are wanted, tell them at exit.
 
+use std::io::{self, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Once, OnceLock};
 
 use usvm::ground::config::Origin;
@@ -23,10 +25,15 @@ pub struct Settings {
     pub show: bool,
 }
 
-/// What the environment asks for. A configuration that cannot be read switches the layer off.
+const OFF: Settings = Settings { enable: false, migrate: false, show: false };
+
+/// What the environment asks for. A configuration that cannot be read switches the layer off, and so does a program that
+/// has more rights than its caller.
 pub fn get() -> Settings {
     static SETTINGS: OnceLock<Settings> = OnceLock::new();
     *SETTINGS.get_or_init(|| match Config::from_env() {
+        // SAFETY: asks the auxiliary vector.
+        _ if unsafe { libc::getauxval(libc::AT_SECURE) } != 0 => OFF,
         Ok(config) => Settings {
             enable: config.enable,
             migrate: config.chaos.is_some() || has_policy(&config),
@@ -34,7 +41,7 @@ pub fn get() -> Settings {
         },
         Err(e) => {
             eprintln!("usvm: the OpenCL layer is off: {e}");
-            Settings { enable: false, migrate: false, show: false }
+            OFF
         }
     })
 }
@@ -69,7 +76,7 @@ pub fn at_first_use() {
     ONCE.call_once(|| {
         stay();
         if get().show {
-            at_exit(show);
+            at_exit(show_at_exit);
         }
     });
 }
@@ -87,11 +94,19 @@ fn at_exit(f: extern "C" fn()) {
     unsafe { libc::atexit(f) };
 }
 
-extern "C" fn show() {
+/// Tells what was counted, if that is wanted, there is anything, and it was not told yet.
+pub fn report(out: &mut impl Write) -> io::Result<()> {
+    static TOLD: AtomicBool = AtomicBool::new(false);
     let text = Report.to_string();
-    if !text.is_empty() {
-        eprint!("{text}");
+    if !get().show || text.is_empty() || TOLD.swap(true, Ordering::AcqRel) {
+        return Ok(());
     }
+    out.write_all(text.as_bytes())
+}
+
+extern "C" fn show_at_exit() {
+    // The program may have closed its standard error.
+    let _ = report(&mut io::stderr());
 }
 
 extern "C" fn release() {

@@ -622,7 +622,7 @@ unsafe extern "C" fn enqueue_mem_advise<const F: usize>(
         }
     });
     if result == SUCCESS {
-        COUNTS.hints.add(1);
+        launch::no_advice(pointer as usize, size);
     }
     result
 }
