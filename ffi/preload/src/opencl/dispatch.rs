@@ -206,9 +206,9 @@ impl Dispatch {
     }
 
     /// The addresses.
-    pub const fn to_raw(&self) -> Raw {
+    pub const fn to_raw(self) -> Raw {
         // SAFETY: as above; functions have addresses.
-        unsafe { std::mem::transmute(*self) }
+        unsafe { std::mem::transmute(self) }
     }
 }
 

@@ -40,7 +40,11 @@ impl Launch {
     /// Looks at the launch of `kernel` on `queue`, before the driver does.
     pub fn begin(driver: &Dispatch, queue: Handle, kernel: Handle) -> Self {
         COUNTS.launches.add(1);
-        let (bytes, system) = KERNELS.with(kernel as usize, |k| k.reach()).unwrap_or_default();
+        let known = KERNELS.with(kernel as usize, |k| (untold(k), k.reach()));
+        let (untold, (bytes, system)) = known.unwrap_or_default();
+        if let Some(pointers) = untold {
+            tell(driver, kernel, &pointers);
+        }
         COUNTS.working_set_bytes.add(bytes);
         COUNTS.system_pointer_launches.add(system.into());
         let moved = stand_in(driver, queue).and_then(|runtime| {
@@ -110,19 +114,11 @@ unsafe extern "C" fn completed(_event: Handle, _status: Int, set: *mut c_void) {
     }
 }
 
-/// Tells the driver which blocks `kernel` reaches indirectly, if that changed since it was last told.
-pub fn tell_indirect(driver: &Dispatch, kernel: Handle) {
+/// The blocks a kernel reaches indirectly, if they changed since the driver was last told.
+fn untold(kernel: &mut Kernel) -> Option<Vec<usize>> {
     let changes = BLOCKS.changes();
-    let stale = KERNELS.with(kernel as usize, |k| match k.told {
-        Some(told) if told != changes => {
-            k.told = Some(changes);
-            Some(all_indirect(k))
-        }
-        _ => None,
-    });
-    if let Some(pointers) = stale.flatten() {
-        tell(driver, kernel, &pointers);
-    }
+    kernel.told.as_mut().filter(|told| **told != changes).map(|told| *told = changes)?;
+    Some(all_indirect(kernel))
 }
 
 /// What a kernel reaches without its arguments: both lists, and whole kinds.

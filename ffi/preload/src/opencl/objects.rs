@@ -23,9 +23,11 @@ const SHARDS: usize = 16;
 
 /// Entries by handle, with the program's reference count.
 pub struct Table<T> {
-    shards: LazyLock<[Mutex<HashMap<usize, Counted<T>>>; SHARDS]>,
+    shards: LazyLock<[Shard<T>; SHARDS]>,
     live: AtomicUsize,
 }
+
+type Shard<T> = Mutex<HashMap<usize, Counted<T>>>;
 
 struct Counted<T> {
     references: usize,

@@ -285,6 +285,7 @@ unsafe fn flags_of(properties: *const Bitfield, kind: Kind) -> Result<Bitfield, 
     let mut at = properties;
     // SAFETY: as the caller says; a name that is not zero is followed by its value.
     while !at.is_null() && unsafe { *at } != 0 {
+        // SAFETY: as above.
         let (name, value) = unsafe { (*at, *at.add(1)) };
         let placed = value & (ALLOC_PLACED_ON_DEVICE | ALLOC_PLACED_ON_HOST);
         let known = ALLOC_WRITE_COMBINED | ALLOC_PLACED_ON_DEVICE | ALLOC_PLACED_ON_HOST;
@@ -483,7 +484,6 @@ impl Events {
     }
 }
 
-#[expect(clippy::too_many_arguments, reason = "the extension's signature")]
 unsafe extern "C" fn enqueue_mem_fill<const F: usize>(
     queue: Handle,
     memory: *mut c_void,
@@ -532,7 +532,6 @@ unsafe extern "C" fn enqueue_memset<const F: usize>(
     unsafe { enqueue_mem_fill::<F>(queue, memory, (&raw const byte).cast(), 1, size, count, before, after) }
 }
 
-#[expect(clippy::too_many_arguments, reason = "the extension's signature")]
 unsafe extern "C" fn enqueue_memcpy<const F: usize>(
     queue: Handle,
     blocking: Uint,

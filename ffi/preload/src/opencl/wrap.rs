@@ -391,7 +391,6 @@ unsafe fn note_exec_info(kernel: Handle, context: usize, name: Uint, size: usize
     });
 }
 
-#[expect(clippy::too_many_arguments, reason = "OpenCL's signature")]
 unsafe extern "C" fn enqueue_nd_range_kernel<const N: usize>(
     queue: Handle,
     kernel: Handle,
@@ -432,7 +431,6 @@ fn launched(
     enqueue: impl FnOnce(*mut Handle) -> Int,
 ) -> Int {
     let driver = loaders::target(slot);
-    launch::tell_indirect(driver, kernel);
     let mut launch = Launch::begin(driver, queue, kernel);
     let event = launch.event(wanted);
     let result = enqueue(event);
@@ -467,7 +465,6 @@ unsafe extern "C" fn svm_free<const N: usize>(context: Handle, memory: *mut c_vo
     own!(N, clSVMFree(context, memory), ());
 }
 
-#[expect(clippy::too_many_arguments, reason = "OpenCL's signature")]
 unsafe extern "C" fn enqueue_svm_free<const N: usize>(
     queue: Handle,
     pointers: Uint,
@@ -497,7 +494,6 @@ unsafe extern "C" fn enqueue_svm_free<const N: usize>(
     result
 }
 
-#[expect(clippy::too_many_arguments, reason = "OpenCL's signature")]
 unsafe extern "C" fn enqueue_svm_map<const N: usize>(
     queue: Handle,
     blocking: Uint,
@@ -535,7 +531,6 @@ unsafe extern "C" fn enqueue_svm_unmap<const N: usize>(
     result
 }
 
-#[expect(clippy::too_many_arguments, reason = "OpenCL's signature")]
 unsafe extern "C" fn enqueue_svm_migrate_mem<const N: usize>(
     queue: Handle,
     pointers: Uint,
