@@ -1,18 +1,20 @@
 # usvm: what there is to type.
 #
-#   make demo [FILE=…]        computes on ordinary heap memory with the embedded device, and checks every byte
+#   make demo [FILE=…]        computes on ordinary heap memory with the embedded device, and checks every byte; then an
+#                             unmodified OpenCL program on PoCL under usvm run
 #   make test                 all tests
 #   make bench [JSON=…]       the measurements of usvm-bench micro
 #   make manpages             man pages and shell completions, into target/man and target/completions
 #   make install              the C library: PREFIX=/usr/local DESTDIR=
 #   make lint                 what CI refuses: formatting, clippy, documentation
+#   make test-opencl-intel    OpenCL and SYCL programs on Intel's runtime for processors (downloads some 3 GB)
 #   make test-kernel-ref      fresh traces of the real kernel's drm_gpusvm in a virtual machine (see tests/kernel-ref)
 
 CARGO ?= cargo
 FILE ?=
 JSON ?= target/micro.json
 
-.PHONY: all demo test bench lint setup clean
+.PHONY: all demo test test-opencl-intel bench lint setup clean
 all: demo
 
 setup:
@@ -20,9 +22,14 @@ setup:
 
 demo: setup
 	$(CARGO) run --release --quiet -p usvm-examples --bin demo -- $(FILE)
+	@sh examples/opencl/demo.sh
 
 test: setup
+	@sh tests/opencl/venv.sh
 	sh tests/run.sh
+
+test-opencl-intel: setup
+	sh tests/opencl/intel.sh
 
 bench: setup
 	$(CARGO) run --release --quiet -p usvm-bench -- micro --json $(JSON)

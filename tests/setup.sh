@@ -5,6 +5,11 @@ set -eu
 
 missing=""
 command -v cc >/dev/null 2>&1 || missing="$missing gcc libc6-dev"
+# OpenCL: a driver that runs on the processor, a loader, headers, and two programs that tests run unmodified.
+ls /etc/OpenCL/vendors/pocl*.icd >/dev/null 2>&1 || missing="$missing pocl-opencl-icd"
+[ -e /usr/include/CL/cl_layer.h ] || missing="$missing ocl-icd-opencl-dev opencl-headers"
+command -v clinfo >/dev/null 2>&1 || missing="$missing clinfo"
+command -v clpeak >/dev/null 2>&1 || missing="$missing clpeak"
 
 if [ -n "$missing" ]; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then

@@ -1,0 +1,13 @@
+#!/bin/sh
+# The OpenCL example on PoCL: without usvm it has no unified shared memory, under `usvm run` it has. `make demo` runs it.
+set -eu
+cd "$(dirname "$0")/../.."
+target=${CARGO_TARGET_DIR:-target}
+"${CARGO:-cargo}" build --release --quiet -p usvm-ffi --bin usvm -p usvm-preload
+mkdir -p "$target/opencl"
+cc -O2 -Wall -o "$target/opencl/usm_list" examples/opencl/usm_list.c -lOpenCL
+
+echo "== usm_list"
+"$target/opencl/usm_list" || echo "(exit status $?)"
+echo "== usvm run --stats -- usm_list"
+exec "$target/release/usvm" run --stats -- "$target/opencl/usm_list"

@@ -1,0 +1,179 @@
+//! Launches: what they will use is known, counted, and if asked for, moved.
+//!
+//! # Overview
+//! A launch's working set is what its kernel's pointers lead to ([`super::objects::Kernel::working_set`]). On a device
+//! that shares the host's memory it is counted and left where it is. If migrations are asked for (a policy or chaos in the
+//! environment), usvm's device plays the one that computes: the working set is brought there before the launch, and again
+//! when the launch's event is complete. The processor's own accesses fetch back what they need, so results cannot change;
+//! that they do not is what this is for.
+//!
+//! Nothing is *held* there (`Runtime::begin_access` would): the driver's threads are CPU threads, whose accesses would
+//! wait for the end of a bracket that ends when they are done; and the working set can contain pages of the very thread
+//! that launches, its stack or the pages that small blocks share with the rest of the heap.
+//!
+//! # Limits
+//! Drivers of devices with memory of their own move their buffers themselves, and no device of the runtime stands for
+//! theirs yet: their launches are counted only.
+
+use std::ffi::c_void;
+
+use usvm::{Fence, Hint, Location, Runtime};
+
+use super::capability::{Device, info};
+use super::dispatch::Dispatch;
+use super::memory::{BLOCKS, Block};
+use super::objects::{KERNELS, Kernel, WorkingSet};
+use super::settings;
+use super::stats::COUNTS;
+use super::types::*;
+
+/// usvm's device that stands for the one that computes.
+const STAND_IN: u32 = 0;
+
+/// A launch that is about to be queued.
+pub struct Launch {
+    moved: Option<(&'static Runtime, WorkingSet)>,
+    own_event: Handle,
+}
+
+impl Launch {
+    /// Looks at the launch of `kernel` on `queue`, before the driver does.
+    pub fn begin(driver: &Dispatch, queue: Handle, kernel: Handle) -> Self {
+        COUNTS.launches.add(1);
+        let known = KERNELS.with(kernel as usize, |k| (untold(k), k.reach()));
+        let (untold, (bytes, system)) = known.unwrap_or_default();
+        if let Some(pointers) = untold {
+            tell(driver, kernel, &pointers);
+        }
+        COUNTS.working_set_bytes.add(bytes);
+        COUNTS.system_pointer_launches.add(system.into());
+        let moved = stand_in(driver, queue).and_then(|runtime| {
+            let set = KERNELS
+                .with(kernel as usize, |k| k.working_set())
+                .filter(|set| *set != WorkingSet::default())?;
+            bring(runtime, &set);
+            Some((runtime, set))
+        });
+        Self { moved, own_event: std::ptr::null_mut() }
+    }
+
+    /// Where the driver shall put the launch's event: where the program wants it, or here if only we need it.
+    pub fn event(&mut self, wanted: *mut Handle) -> *mut Handle {
+        if wanted.is_null() && self.moved.is_some() { &raw mut self.own_event } else { wanted }
+    }
+
+    /// The driver has queued the launch, or not.
+    ///
+    /// # Safety
+    /// `event` is what [`Launch::event`] gave, filled by the driver if `result` is success.
+    pub unsafe fn queued(self, driver: &Dispatch, result: Int, event: *const Handle) {
+        let Some((_, set)) = self.moved.filter(|_| result == SUCCESS) else { return };
+        // SAFETY: the driver has filled it. The set goes to the callback, which is called once, or stays ours.
+        unsafe {
+            let event = if event.is_null() { self.own_event } else { *event };
+            let set = Box::into_raw(Box::new(set));
+            let told = driver
+                .clSetEventCallback
+                .map(|set_callback| set_callback(event, COMPLETE, completed, set.cast()));
+            if told != Some(SUCCESS) {
+                drop(Box::from_raw(set));
+            }
+            if !self.own_event.is_null()
+                && let Some(release) = driver.clReleaseEvent
+            {
+                release(self.own_event);
+            }
+        }
+    }
+}
+
+/// The runtime, if memory is to move for this queue's device.
+fn stand_in(driver: &Dispatch, queue: Handle) -> Option<&'static Runtime> {
+    let runtime = settings::runtime()?;
+    let device = info::<usize>(driver.clGetCommandQueueInfo, queue, QUEUE_DEVICE).ok()?;
+    Device::query(driver, device as Handle).shares_host().then_some(runtime)
+}
+
+/// Brings the working set to the stand-in.
+fn bring(runtime: &Runtime, set: &WorkingSet) {
+    let blocks = set.blocks.iter().map(|b| (b.base as u64, b.size as u64));
+    let pages = set.foreign.iter().map(|p| (*p as u64, 1));
+    let to = Location::Device(STAND_IN);
+    let fences: Vec<Fence> = blocks.chain(pages).map(|(addr, len)| runtime.prefetch(addr, len, to)).collect();
+    let refused = fences.iter().filter(|fence| fence.wait(None).is_err()).count();
+    if refused == 0 { COUNTS.launches_migrated.add(1) } else { COUNTS.launches_refused.add(1) }
+}
+
+/// The launch is complete: its data goes to the stand-in again.
+unsafe extern "C" fn completed(_event: Handle, _status: Int, set: *mut c_void) {
+    // SAFETY: the box that `queued` gave away; the driver calls once.
+    let set = unsafe { Box::from_raw(set.cast::<WorkingSet>()) };
+    let Some(runtime) = settings::runtime() else { return };
+    for block in set.blocks.iter().filter(|b| BLOCKS.find(b.base) == Some(**b)) {
+        drop(runtime.prefetch(block.base as u64, block.size as u64, Location::Device(STAND_IN)));
+    }
+}
+
+/// The blocks a kernel reaches indirectly, if they changed since the driver was last told.
+fn untold(kernel: &mut Kernel) -> Option<Vec<usize>> {
+    let changes = BLOCKS.changes();
+    kernel.told.as_mut().filter(|told| **told != changes).map(|told| *told = changes)?;
+    Some(all_indirect(kernel))
+}
+
+/// What a kernel reaches without its arguments: both lists, and whole kinds.
+pub fn all_indirect(kernel: &Kernel) -> Vec<usize> {
+    let of_kinds = BLOCKS.of_context(kernel.context, |kind| kernel.indirect.has(kind));
+    let known = kernel.usm_pointers.iter().copied().filter(|p| BLOCKS.find(*p).is_some());
+    let mut all: Vec<usize> = kernel
+        .svm_pointers
+        .iter()
+        .copied()
+        .chain(known)
+        .chain(of_kinds.iter().map(|b: &Block| b.base))
+        .collect();
+    all.sort_unstable();
+    all.dedup();
+    all
+}
+
+/// Gives the driver a kernel's list of pointers. A driver that does not want an empty one keeps what it has.
+pub fn tell(driver: &Dispatch, kernel: Handle, pointers: &[usize]) -> Int {
+    let Some(set) = driver.clSetKernelExecInfo else { return INVALID_OPERATION };
+    if pointers.is_empty() {
+        return SUCCESS;
+    }
+    // SAFETY: the driver copies the list.
+    unsafe { set(kernel, KERNEL_EXEC_INFO_SVM_PTRS, size_of_val(pointers), pointers.as_ptr().cast()) }
+}
+
+/// A hint that `[addr, addr + len)` is wanted at `to`.
+pub fn hint(addr: usize, len: usize, to: Where) {
+    COUNTS.hints.add(1);
+    if let Some(runtime) = settings::runtime().filter(|_| len > 0) {
+        let to = match to {
+            Where::Host => Location::Host,
+            Where::Device => Location::Device(STAND_IN),
+        };
+        drop(runtime.prefetch(addr as u64, len as u64, to));
+    }
+}
+
+/// Advice about `[addr, addr + len)`. The extension defines no value but "none in particular" so far: what an earlier
+/// hint said is taken back.
+pub fn no_advice(addr: usize, len: usize) {
+    COUNTS.hints.add(1);
+    if let Some(runtime) = settings::runtime().filter(|_| len > 0) {
+        let _ = runtime.advise(addr as u64, len as u64, Hint::ReadMostly(false));
+        let _ = runtime.advise(addr as u64, len as u64, Hint::PreferredLocation(None));
+    }
+}
+
+/// Where memory is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Where {
+    /// In the host's memory.
+    Host,
+    /// At the device that computes.
+    Device,
+}

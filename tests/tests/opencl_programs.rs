@@ -1,0 +1,182 @@
+//! OpenCL programs on PoCL, without usvm and with it in every way it can come in: the same results, and unified shared
+//! memory where there was none.
+
+mod opencl;
+
+use opencl::{WAYS, Way, command, compile, library, root, run};
+
+/// The environment of programs whose memory is to move around their launches.
+const MOVING: [&[(&str, &str)]; 3] = [
+    &[("USVM_POLICY", "adaptive")],
+    &[("USVM_POLICY", "gpusvm"), ("USVM_VRAM", "2M")],
+    &[("USVM_CHAOS", "500,7")],
+];
+
+/// Whether `name` is in the path.
+fn installed(name: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|folder| folder.join(name).is_file())
+}
+
+#[test]
+fn a_program_that_needs_usm_gets_it_from_usvm_and_only_from_there() {
+    let program = compile("tests/opencl/usm.c");
+    let without = run(&mut command(&program, Way::Off));
+    assert_eq!((without.status, without.out.as_str()), (3, "no cl_intel_unified_shared_memory\n"));
+
+    let mut said = Vec::new();
+    for way in WAYS {
+        let ran = run(&mut command(&program, way)).well();
+        assert!(ran.out.ends_with("errors: as specified\nusm: verified\n"), "{way:?}: {}", ran.out);
+        // The list's nodes and everything else, one by one.
+        assert_eq!(ran.count("opencl_usm_provided"), 2012, "{way:?}: {}", ran.err);
+        assert_eq!(ran.count("opencl_launches"), 25, "{way:?}: {}", ran.err);
+        // Seen once, not twice, where both ways are open.
+        let seen = (ran.count("opencl_layers"), ran.count("opencl_preloads"));
+        assert_eq!(seen, if way == Way::Preload { (0, 1) } else { (1, 0) }, "{way:?}: {}", ran.err);
+        said.push(ran.out);
+    }
+    assert!(said.iter().all(|out| *out == said[0]), "{said:?}");
+
+    for asked in MOVING {
+        let ran = run(command(&program, Way::Both).envs(asked.iter().copied())).well();
+        assert_eq!(ran.out, said[0], "{asked:?}");
+        assert!(ran.count("cpu_faults") > 0, "nothing moved with {asked:?}: {}", ran.err);
+        assert!(ran.count("opencl_launches_migrated") > 0, "{asked:?}: {}", ran.err);
+    }
+}
+
+#[test]
+fn svm_programs_compute_the_same() {
+    let program = compile("tests/opencl/svm.c");
+    let off = run(&mut command(&program, Way::Off)).well();
+    for way in WAYS {
+        let ran = run(&mut command(&program, way)).well();
+        assert_eq!(ran.out, off.out, "{way:?}");
+        // 3 launches with one block of 2 MiB, 4 with a table, 16 rows of 12000 bytes and 16 sums.
+        let bytes = 3 * (4 << 19) + 4 * (128 + 16 * 12000 + 64);
+        assert_eq!(ran.count("opencl_working_set_bytes"), bytes, "{way:?}: {}", ran.err);
+        assert_eq!(ran.count("opencl_hints"), 6, "{way:?}: {}", ran.err);
+        // Observed, not moved: the device shares the host's memory.
+        assert!(!ran.err.contains("bytes_to_device"), "{way:?}: {}", ran.err);
+    }
+    for asked in MOVING {
+        for way in [Way::Layer, Way::Both] {
+            let ran = run(command(&program, way).envs(asked.iter().copied())).well();
+            assert_eq!(ran.out, off.out, "{way:?} {asked:?}");
+            assert!(ran.err.contains("bytes_to_device"), "{way:?} {asked:?}: {}", ran.err);
+        }
+    }
+}
+
+#[test]
+fn system_memory_is_offered_where_the_device_runs_in_this_process() {
+    let program = compile("tests/opencl/svm.c");
+    let off = run(command(&program, Way::Off).arg("system")).well();
+    assert!(off.out.contains("system: not offered\n"), "{}", off.out);
+    for asked in [&[][..], MOVING[0], MOVING[2]] {
+        let ran = run(command(&program, Way::Both).arg("system").envs(asked.iter().copied())).well();
+        assert!(ran.out.contains("system: verified\n"), "{asked:?}: {}", ran.out);
+        assert_eq!(ran.count("opencl_system_pointer_launches"), 2, "{asked:?}: {}", ran.err);
+    }
+}
+
+#[test]
+fn threads_do_not_disturb_each_other() {
+    let program = compile("tests/opencl/threads.c");
+    let off = run(command(&program, Way::Off).arg("-")).well();
+    for way in WAYS {
+        assert_eq!(run(&mut command(&program, way)).well().out, off.out, "{way:?}");
+    }
+    for asked in MOVING {
+        let ran = run(command(&program, Way::Both).envs(asked.iter().copied())).well();
+        assert_eq!(ran.out, off.out, "{asked:?}");
+    }
+}
+
+#[test]
+fn the_table_of_entry_points_is_that_of_the_headers() {
+    let program = compile("tests/opencl/loader.c");
+    let ran = run(command(&program, Way::Off).arg(library())).well();
+    assert_eq!(ran.out, "loader: verified\n");
+}
+
+#[test]
+fn the_example_needs_usvm_on_pocl() {
+    let program = compile("examples/opencl/usm_list.c");
+    let off = run(&mut command(&program, Way::Off));
+    assert_eq!(off.status, 1);
+    assert!(off.out.contains("no unified shared memory"), "{}", off.out);
+    for way in WAYS {
+        let ran = run(&mut command(&program, way)).well();
+        assert!(ran.out.ends_with(" in shared memory: verified\n"), "{way:?}: {}", ran.out);
+        assert_eq!(ran.count("opencl_launches"), 2, "{way:?}: {}", ran.err);
+    }
+}
+
+#[test]
+fn clinfo_tells_of_usm_and_nothing_else_changes() {
+    if !installed("clinfo") {
+        eprintln!("skipped: clinfo is not installed");
+        return;
+    }
+    let off = run(&mut command("clinfo", Way::Off)).well();
+    assert!(!off.out.contains("cl_intel_unified_shared_memory"), "this PoCL has USM itself: {}", off.out);
+    let switched_off = run(command("clinfo", Way::Both).env("USVM_ENABLE", "0")).well();
+    assert_eq!(switched_off.out, off.out);
+    for way in WAYS {
+        let ran = run(&mut command("clinfo", way)).well();
+        let changed = |line: &&str| {
+            line.contains("USM")
+                || line.contains("cl_intel_unified_shared_memory")
+                || line.contains("Fine-grained system")
+        };
+        let added: Vec<&str> = ran.out.lines().filter(changed).collect();
+        assert!(added.iter().any(|l| l.starts_with("  Device Extensions ")), "{way:?}: {added:?}");
+        assert!(added.iter().any(|l| l.starts_with("  Host USM capabilities")), "{way:?}: {added:?}");
+        let rest = |text: &str| -> Vec<String> {
+            let shortened = text.replace(" cl_intel_unified_shared_memory\n", "\n");
+            shortened.lines().filter(|l| !changed(l)).map(str::to_owned).collect()
+        };
+        assert_eq!(rest(&ran.out), rest(&off.out), "{way:?}");
+    }
+}
+
+#[test]
+fn clpeak_runs() {
+    if !installed("clpeak") {
+        eprintln!("skipped: clpeak is not installed");
+        return;
+    }
+    // What it measures differs from run to run; everything else is the same.
+    let words = |text: &str| text.chars().filter(|c| !c.is_ascii_digit() && *c != '.').collect::<String>();
+    let off = run(command("clpeak", Way::Off).arg("--kernel-latency")).well();
+    for (way, asked) in [(Way::Layer, &[][..]), (Way::Preload, &[][..]), (Way::Both, MOVING[2])] {
+        let ran = run(command("clpeak", way).arg("--kernel-latency").envs(asked.iter().copied())).well();
+        assert_eq!(words(&ran.out), words(&off.out), "{way:?}");
+        assert!(ran.count("opencl_launches") > 100, "{way:?}: {}", ran.err);
+    }
+}
+
+#[test]
+fn pyopencl_and_its_own_loader() {
+    let python = root().join("target/opencl-venv/bin/python");
+    if !python.exists() {
+        eprintln!("skipped: tests/opencl/venv.sh could not make an environment with pyopencl");
+        return;
+    }
+    let script = root().join("tests/opencl/pyopencl_svm.py");
+    let off = run(command(&python, Way::Off).arg(&script)).well();
+    for way in WAYS {
+        let ran = run(command(&python, way).arg(&script)).well();
+        assert_eq!(ran.out, off.out, "{way:?}");
+        assert!(ran.err.contains("pyopencl: USM offered"), "{way:?}: {}", ran.err);
+        assert_eq!(ran.count("opencl_launches"), 5, "{way:?}: {}", ran.err);
+    }
+    let ran = run(command(&python, Way::Both).arg(&script).envs(MOVING[2].iter().copied())).well();
+    assert_eq!(ran.out, off.out, "chaos");
+    // A second loader in the same process, the system's.
+    let ran = run(command(&python, Way::Both).arg(&script).arg("two")).well();
+    assert!(ran.out.ends_with("system's loader: USM offered\n"), "{}", ran.out);
+    assert_eq!(ran.count("opencl_layers"), 2, "{}", ran.err);
+}
