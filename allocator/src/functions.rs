@@ -98,6 +98,13 @@ pub unsafe fn usable_size(block: *const c_void) -> usize {
     unsafe { local::block_size(block.cast()).unwrap_or_else(|| large::usable_size(block.cast())) }
 }
 
+/// Returns memory that is free to the system now, instead of some seconds later: what this thread keeps, what threads that
+/// ended left, and everything above 32 KiB.
+pub fn trim() {
+    local::trim();
+    large::purge();
+}
+
 /// Whether `block` is this allocator's. Never reads what is there. For blocks of this allocator it is a few comparisons; for
 /// others jemalloc's records are asked too.
 pub fn owns(block: *const c_void) -> bool {

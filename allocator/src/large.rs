@@ -218,15 +218,22 @@ fn aligned(size: usize, align: usize) -> c_int {
     if align <= 16 { 0 } else { je::MALLOCX_ALIGN(align) }
 }
 
-/// A block of `size` bytes, not 0, at a multiple of `align`, a power of two. Zeroed if asked for; fresh memory is zero and is not
-/// written.
+/// A block of `size` bytes, not 0, at a multiple of `align`, a power of two. Zeroed if asked for: fresh memory is zero and is not
+/// written; whole ranges that were in use are exchanged for fresh memory, so that what is on the device is not fetched to be
+/// overwritten.
 pub(crate) fn alloc(arena: Option<Arena>, size: usize, align: usize, zero: bool) -> *mut u8 {
-    let zero = if zero { je::MALLOCX_ZERO } else { 0 };
+    let flags = aligned(size, align) | arena.unwrap_or(PLAIN);
     // SAFETY: the size is not zero; a block that is not null has it.
     unsafe {
-        let block: *mut u8 = je::mallocx(size, aligned(size, align) | arena.unwrap_or(PLAIN) | zero).cast();
-        if size >= SPAN && !block.is_null() {
+        if size < SPAN {
+            return je::mallocx(size, if zero { flags | je::MALLOCX_ZERO } else { flags }).cast();
+        }
+        let block: *mut u8 = je::mallocx(size, flags).cast();
+        if !block.is_null() {
             spans::prefer_huge_pages(block, size);
+            if zero && !spans::drop_pages(block, size) {
+                block.write_bytes(0, size);
+            }
         }
         block
     }
@@ -275,6 +282,24 @@ pub(crate) unsafe fn resize(arena: Option<Arena>, block: *mut u8, size: usize, a
             free(block);
         }
         new
+    }
+}
+
+/// Returns all free memory to the system now.
+pub(crate) fn purge() {
+    let mut path = [0usize; 3];
+    let mut len = path.len();
+    // SAFETY: "arena.<i>.purge" has three parts, of which the second is the arena's number; it takes and gives nothing.
+    unsafe {
+        if je::mallctlnametomib(c"arena.0.purge".as_ptr(), path.as_mut_ptr(), &raw mut len) != 0 {
+            return;
+        }
+        for arena in
+            ARENAS.iter().chain([&BOOKKEEPING]).map(|a| a.load(Ordering::Acquire)).filter(|a| *a != 0)
+        {
+            path[1] = arena as usize;
+            je::mallctlbymib(path.as_ptr(), len, ptr::null_mut(), ptr::null_mut(), ptr::null_mut(), 0);
+        }
     }
 }
 

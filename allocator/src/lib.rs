@@ -11,8 +11,8 @@
 //! freeing a block that is on the device moves nothing. usvm's own threads and calls get usvm's own memory, as with
 //! [`usvm::Routed`].
 //!
-//! The functions [`malloc`], [`calloc`], [`realloc`], [`aligned_alloc`], [`free`], [`usable_size`] and [`owns`] are the same heap
-//! in C's words, for C interfaces; they use no other allocator and may be called from any thread at any time, also
+//! The functions [`malloc`], [`calloc`], [`realloc`], [`aligned_alloc`], [`free`], [`usable_size`] and [`owns`] are the same
+//! heap in C's words, for C interfaces; they use no other allocator and may be called from any thread at any time, also
 //! before `main` and again from inside themselves. They do not route: that is their caller's matter.
 //!
 //! | size | where |
@@ -36,7 +36,7 @@ mod spans;
 
 use std::alloc::{GlobalAlloc, Layout};
 
-pub use functions::{aligned_alloc, calloc, free, free_sized, malloc, owns, realloc, usable_size};
+pub use functions::{aligned_alloc, calloc, free, free_sized, malloc, owns, realloc, trim, usable_size};
 
 /// The heap alone, without the routing.
 #[derive(Debug, Default, Clone, Copy)]

@@ -355,6 +355,24 @@ unsafe fn give_back(heap: *mut Heap) {
     }
 }
 
+/// Gives back what is empty in this thread's heap and in those without a thread.
+pub(crate) fn trim() {
+    let own = HEAP.get();
+    let mut heap = HEAPS.load(Ordering::Acquire);
+    // SAFETY: heaps live forever; each is used only if it is this thread's or claimed.
+    unsafe {
+        while !heap.is_null() {
+            if heap == own {
+                read_mail(heap);
+                give_back(heap);
+            } else if claim(heap) {
+                leave(heap);
+            }
+            heap = (*heap).next;
+        }
+    }
+}
+
 /// This thread's heap; null when it can have none.
 fn own() -> *mut Heap {
     let heap = HEAP.get();
@@ -427,3 +445,54 @@ unsafe extern "C" fn thread_ends(heap: *mut c_void) {
 }
 
 const _: () = assert!(LARGEST <= slab::SLAB / 2);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+
+    /// Heaps of ended threads go to whoever comes: one test at a time.
+    static TURN: Mutex<()> = Mutex::new(());
+
+    #[test]
+    fn small_blocks_are_in_slabs_and_go_back_there() {
+        let _turn = TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let blocks: Vec<*mut u8> = (0..20_000).map(|i| alloc(1 + i % LARGEST)).collect();
+        for (i, block) in blocks.iter().enumerate() {
+            // SAFETY: live blocks, freed once.
+            unsafe {
+                let size = block_size(*block).expect("a small block is in a slab");
+                assert!(size > i % LARGEST && size <= class::size(class::of(1 + i % LARGEST)));
+                assert!(free(*block));
+            }
+        }
+        // The newest free block of a class is the next to be given out.
+        let again = alloc(1 + (blocks.len() - 1) % LARGEST);
+        assert!(blocks.contains(&again));
+        // SAFETY: live, freed once.
+        unsafe { assert!(free(again)) };
+    }
+
+    #[test]
+    fn a_heap_of_an_ended_thread_takes_frees() {
+        let _turn = TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let blocks: Vec<usize> =
+            std::thread::spawn(|| (0..3000).map(|_| alloc(1000).expose_provenance()).collect())
+                .join()
+                .unwrap();
+        let slabs = || {
+            let at = |b: &usize| ptr::with_exposed_provenance_mut::<u8>(*b);
+            // SAFETY: records are never unmapped.
+            blocks
+                .iter()
+                .filter(|b| slab::record_of(at(b)).is_some_and(|(s, _)| unsafe { !Slab::owner(s).is_null() }))
+                .count()
+        };
+        assert_eq!(slabs(), blocks.len());
+        for block in &blocks {
+            // SAFETY: live, freed once, by a thread that did not make them.
+            unsafe { assert!(free(ptr::with_exposed_provenance_mut(*block))) };
+        }
+        assert_eq!(slabs(), 0, "empty slabs of a heap without a thread are given back at once");
+    }
+}
