@@ -1,6 +1,6 @@
 #!/bin/sh
-# What building and testing need: a Rust toolchain and a C compiler (for linking). Installs what Debian has when it may;
-# otherwise says what to install.
+# What building and testing need: a Rust toolchain, a C and C++ compiler (also for linking); and what some tests want and
+# are skipped without. Installs what Debian has when it may; otherwise says what to install.
 set -eu
 
 missing=""
@@ -10,15 +10,26 @@ ls /etc/OpenCL/vendors/pocl*.icd >/dev/null 2>&1 || missing="$missing pocl-openc
 [ -e /usr/include/CL/cl_layer.h ] || missing="$missing ocl-icd-opencl-dev opencl-headers"
 command -v clinfo >/dev/null 2>&1 || missing="$missing clinfo"
 command -v clpeak >/dev/null 2>&1 || missing="$missing clpeak"
+command -v c++ >/dev/null 2>&1 || missing="$missing g++"
+command -v objcopy >/dev/null 2>&1 || missing="$missing binutils"
 
-if [ -n "$missing" ]; then
+wanted=""
+# The C library's tests: the ways of finding a library, and Unified Memory Framework's wheel, which needs hwloc.
+command -v cmake >/dev/null 2>&1 || wanted="$wanted cmake"
+command -v pkg-config >/dev/null 2>&1 || wanted="$wanted pkg-config"
+python3 -c 'import ensurepip, venv' >/dev/null 2>&1 || wanted="$wanted python3-venv"
+ldconfig -p 2>/dev/null | grep -q 'libhwloc\.so\.15 ' || wanted="$wanted libhwloc15"
+
+if [ -n "$missing$wanted" ]; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
         apt-get update -q
         # shellcheck disable=SC2086
-        DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $missing
-    else
-        echo "usvm: please install these Debian packages first:$missing" >&2
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $missing $wanted
+    elif [ -n "$missing" ]; then
+        echo "usvm: please install these Debian packages first:$missing$wanted" >&2
         exit 1
+    else
+        echo "usvm: some tests are skipped without these Debian packages:$wanted" >&2
     fi
 fi
 

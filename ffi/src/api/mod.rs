@@ -18,6 +18,8 @@ pub mod attribute;
 pub mod device;
 pub(crate) mod fork;
 pub mod handles;
+#[cfg(test)]
+mod header_tests;
 pub mod heap;
 pub mod init;
 pub mod memory;

@@ -32,6 +32,10 @@ macro_rules! results {
             pub const $name: usvm_result_t = usvm_result_t($value);
         )*
 
+        /// Every result with its name, for the comparison with the header.
+        #[cfg(test)]
+        pub(crate) const RESULTS: &[(&str, u64)] = &[$((stringify!($name), $value),)*];
+
         fn name_of(result: usvm_result_t) -> &'static CStr {
             const UNKNOWN: &CStr = c"USVM_ERROR_UNKNOWN";
             match result.0 {

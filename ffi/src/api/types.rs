@@ -5,7 +5,7 @@
 //! never followed.
 //!
 //! # Limits
-//! Layouts are compared with the header's by a test (`tests/tests/c_header.rs`).
+//! Layouts and values are compared with the header's by a test (`header_tests.rs`).
 #![allow(non_camel_case_types, missing_docs, reason = "the header documents them, under these names")]
 
 use std::ffi::{c_char, c_void};
@@ -27,7 +27,12 @@ macro_rules! enums {
         pub struct $name(pub u32);
 
         $(pub const $constant: $name = $name($value);)*
-    )*};
+    )*
+
+        /// Every constant with its name, for the comparison with the header.
+        #[cfg(test)]
+        pub(crate) const CONSTANTS: &[(&str, u64)] = &[$($((stringify!($constant), $value),)*)*];
+    };
 }
 
 enums! {
