@@ -303,4 +303,3 @@ pub(crate) unsafe fn resize(block: *mut u8, align: usize, size: usize) -> *mut u
         }
     }
 }
-

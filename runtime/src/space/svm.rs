@@ -58,17 +58,19 @@ pub struct Want {
     pub force: Option<Placement>,
     /// Hold the ranges where they are until [`Svm::release`].
     pub pin: bool,
+    /// New ranges are no larger than this.
+    pub chunk: Option<u64>,
 }
 
 impl Want {
     /// A fault of a device.
     pub fn fault(access: GpuAccess) -> Self {
-        Self { access, cause: Cause::GpuAccess, bracketed: false, force: None, pin: true }
+        Self { access, cause: Cause::GpuAccess, bracketed: false, force: None, pin: true, chunk: None }
     }
 
     /// A launch that announces what it uses.
     pub fn launch(access: GpuAccess) -> Self {
-        Self { access, cause: Cause::GpuAccess, bracketed: true, force: None, pin: true }
+        Self { access, cause: Cause::GpuAccess, bracketed: true, force: None, pin: true, chunk: None }
     }
 
     /// A prefetch that the program asked for.
@@ -79,6 +81,7 @@ impl Want {
             bracketed: false,
             force: Some(Placement::Migrate),
             pin: false,
+            chunk: None,
         }
     }
 }
@@ -299,7 +302,7 @@ impl Svm {
     }
 
     /// Has the garbage collector bring the ranges of `span` home and forget them, so that new ones fit the mappings.
-    fn recut(&self, span: Span) {
+    pub fn recut(&self, span: Span) {
         self.invalidate(EventKind::Unmap, span);
     }
 
@@ -332,7 +335,9 @@ impl Svm {
         let mover = &self.mover;
         let ctx = Ctx { read_only: !want.access.writes(), ..self.ctx };
         let aspace = &*mover.host;
-        let range = self.space.find_or_insert(aspace, addr, self.space.config().limits, &ctx)?;
+        let limits = self.space.config().limits;
+        let within = want.chunk.and_then(|size| Span::around(addr, size).intersect(limits)).unwrap_or(limits);
+        let range = self.space.find_or_insert(aspace, addr, within, &ctx)?;
         let mut state = range.data.lock();
         let ticket = range.begin();
         if range.is_gone() {
@@ -348,6 +353,7 @@ impl Svm {
         let placement = match want.force {
             _ if remote => Placement::Remote,
             Some(Placement::Migrate) if migratable && mover.fits(device, range.span()) => Placement::Migrate,
+            Some(Placement::Share) if migratable && mover.fits(device, range.span()) => Placement::Share,
             Some(_) => Placement::Remote,
             None => self.place(&range, &state, device, want, migratable),
         };
