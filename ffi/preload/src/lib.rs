@@ -7,6 +7,7 @@
 //! | `threads` | keeps the control blocks of the program's threads on the host |
 //! | `fds` | keeps usvm's own descriptors from programs that close everything |
 //! | `exits` | statistics of programs that leave by `_exit` |
+//! | `mappings` | calls that show where usvm divided mappings |
 //! | `next` | the functions behind those that are interposed |
 //! | `tls` | thread-local storage without the dynamic linker |
 //!
@@ -14,10 +15,11 @@
 //! (`usvm_ffi::process::acquire`). Until then it costs a program its loading and one branch for each interposed call.
 //!
 //! # What is interposed, and why
-//! munmap, mremap, madvise, fork and exec need nothing: userfaultfd tells of the first four, and the last ends it all.
-//! What userfaultfd cannot tell: that a thread is about to end (`pthread_create`, `thrd_create`: the kernel writes to the
+//! munmap, madvise, fork and exec need nothing: userfaultfd tells of the first three, and the last ends it all. What
+//! userfaultfd cannot tell: that a thread is about to end (`pthread_create`, `thrd_create`: the kernel writes to the
 //! control block of an ended thread and no fault is served then), that a program closes descriptors it did not open
 //! (`close`, `close_range`, `closefrom`, `dup2`, `dup3`), that it leaves without its exit handlers (`_exit`, `_Exit`).
+//! What it does to mappings that programs can see: `mremap`, `pthread_getattr_np`.
 //!
 //! # Limits
 //! In set-uid programs and with `USVM_ENABLE=0` everything is passed through. Statically linked programs do not load
@@ -30,6 +32,7 @@
 
 mod exits;
 mod fds;
+mod mappings;
 mod next;
 mod start;
 mod threads;

@@ -26,13 +26,13 @@
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::io::Write as _;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use usvm::{Config, Runtime};
 use usvm_ffi::process;
 
-use crate::{exits, fds, threads};
+use crate::{exits, fds, mappings, threads};
 
 /// How long a forked child lives before it gets a runtime for chaos.
 const LATER: Duration = Duration::from_millis(5);
@@ -44,6 +44,8 @@ const READY: u8 = 2;
 static STATE: AtomicU8 = AtomicU8::new(UNDECIDED);
 static CHAOS: AtomicBool = AtomicBool::new(false);
 static ENDING: AtomicBool = AtomicBool::new(false);
+/// The thread that ran the constructor, which has the process's first stack.
+static MAIN: AtomicU64 = AtomicU64::new(0);
 /// The process that the running runtime belongs to.
 static OWNER: AtomicU32 = AtomicU32::new(0);
 
@@ -66,6 +68,11 @@ pub(crate) fn is_owner() -> bool {
     OWNER.load(Ordering::Relaxed) == std::process::id()
 }
 
+/// Whether `thread` has the process's first stack.
+pub(crate) fn is_main_thread(thread: libc::pthread_t) -> bool {
+    MAIN.load(Ordering::Relaxed) == thread
+}
+
 unsafe extern "C" fn construct(_: c_int, _: *const *const c_char, environment: *const *const c_char) {
     // SAFETY: asks the auxiliary vector.
     let secure = unsafe { libc::getauxval(libc::AT_SECURE) } != 0;
@@ -78,7 +85,13 @@ unsafe extern "C" fn construct(_: c_int, _: *const *const c_char, environment: *
     fds::look_up();
     threads::look_up();
     exits::look_up();
+    mappings::look_up();
     threads::note_current();
+    // SAFETY: both ask who is running.
+    if unsafe { libc::gettid() == libc::getpid() } {
+        // SAFETY: as above.
+        MAIN.store(unsafe { libc::pthread_self() }, Ordering::Relaxed);
+    }
     usvm::runtime::on_start(started);
     STATE.store(READY, Ordering::Relaxed);
     if words.heap && !heap_is_there() {
