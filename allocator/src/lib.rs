@@ -15,45 +15,55 @@
 //! in C's words, for C interfaces; they use no other allocator and may be called from any thread at any time, also
 //! before `main` and again from inside themselves. They do not route: that is their caller's matter.
 //!
+//! | size | where |
+//! |---|---|
+//! | up to 32 KiB | slabs of the thread's own (`local`, `slab`) |
+//! | larger, and the slabs themselves | jemalloc, whose memory comes from `spans` (`large`) |
+//!
+//! # Limits
+//! Zeroed blocks up to 32 KiB are written, larger ones only where memory is used again.
+//!
 //! # Safety
 //! [`GlobalAlloc`] for [`Usvm`] only forwards.
 #![allow(unsafe_code)]
 
-mod heap;
+mod class;
+mod functions;
+mod large;
+mod local;
+mod slab;
 mod spans;
 
 use std::alloc::{GlobalAlloc, Layout};
 
-pub use heap::{aligned_alloc, calloc, free, malloc, owns, realloc, usable_size};
+pub use functions::{aligned_alloc, calloc, free, free_sized, malloc, owns, realloc, usable_size};
 
 /// The heap alone, without the routing.
 #[derive(Debug, Default, Clone, Copy)]
 struct Heap;
 
-// SAFETY: jemalloc's functions with these sizes and alignments are what GlobalAlloc asks for.
+// SAFETY: C's contracts with these sizes and alignments are what GlobalAlloc asks for.
 unsafe impl GlobalAlloc for Heap {
     #[inline]
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        // SAFETY: the caller's contract.
-        unsafe { heap::alloc(layout.size(), layout.align(), false) }
+        functions::alloc(layout.size(), layout.align())
     }
 
     #[inline]
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        // SAFETY: the caller's contract.
-        unsafe { heap::alloc(layout.size(), layout.align(), true) }
+        functions::alloc_zeroed(layout.size(), layout.align())
     }
 
     #[inline]
     unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
         // SAFETY: the caller's contract.
-        unsafe { heap::dealloc(block, layout.size(), layout.align()) }
+        unsafe { functions::dealloc(block, layout.size(), layout.align()) }
     }
 
     #[inline]
     unsafe fn realloc(&self, block: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
         // SAFETY: the caller's contract.
-        unsafe { heap::resize(block, layout.align(), new_size) }
+        unsafe { functions::resize(block, new_size, layout.align()) }
     }
 }
 

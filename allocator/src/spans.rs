@@ -10,7 +10,7 @@
 //! None. The next free address is an atomic; reservations are published in a table of atomics.
 //!
 //! # Limits
-//! A reservation is as large as RLIMIT_AS lets it be (16 TiB down to 64 MiB), and there are at most `MOST` of them.
+//! A reservation is as large as RLIMIT_AS lets it be (1 TiB down to 64 MiB), and there are at most `MOST` of them.
 //!
 //! # Safety
 //! Every address given out lies in a reservation made here, and is given out once: the cursor only moves forward.
@@ -25,7 +25,7 @@ pub(crate) const SPAN: usize = 2 << 20;
 /// Reservations at most.
 const MOST: usize = 64;
 /// The first reservation that is tried; later ones may be smaller.
-const LARGEST: usize = 16 << 40;
+const LARGEST: usize = 1 << 40;
 const SMALLEST: usize = 64 << 20;
 /// So much of the heap is begun with small pages, so that a small program stays small.
 const SMALL_PAGES: usize = 4 << 20;
@@ -70,6 +70,18 @@ pub(crate) fn take(size: usize, align: usize) -> Option<*mut u8> {
     None
 }
 
+/// The first reservation's begin and length.
+pub(crate) fn first() -> Option<(usize, usize)> {
+    let first = RESERVATIONS.first()?;
+    let base = first.base.load(Ordering::Acquire);
+    (base != 0).then(|| (base, first.end.load(Ordering::Relaxed) - base))
+}
+
+/// Zeroed memory of its own, apart from all user memory, that costs nothing until it is written.
+pub(crate) fn zeroed(size: usize) -> Option<*mut u8> {
+    map(size, libc::PROT_READ | libc::PROT_WRITE)
+}
+
 impl Reservation {
     fn cut(&self, size: usize, align: usize) -> Option<usize> {
         let end = self.end.load(Ordering::Relaxed);
@@ -107,7 +119,8 @@ fn reserve(index: usize, least: usize) -> bool {
     let Some(entry) = RESERVATIONS.get(index) else { return false };
     let mut size = LARGEST;
     while size >= SMALLEST.max(least) {
-        if let Some(at) = map(size + SPAN) {
+        if let Some(at) = map(size + SPAN, libc::PROT_NONE) {
+            let at = at.expose_provenance();
             let base = at.next_multiple_of(SPAN);
             // Another thread may have been faster: then this piece of address space is given back. Bounds are written
             // by the winner of the exchange on `next` only, and become visible with `base`.
@@ -128,8 +141,8 @@ fn reserve(index: usize, least: usize) -> bool {
     entry.base.load(Ordering::Acquire) != 0
 }
 
-/// Address space without access. Leaves the program at least three quarters of what RLIMIT_AS allows.
-fn map(size: usize) -> Option<usize> {
+/// Address space of its own. Leaves the program at least three quarters of what RLIMIT_AS allows.
+fn map(size: usize, protection: libc::c_int) -> Option<*mut u8> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the kernel fills the structure.
     let limited = unsafe { libc::getrlimit(libc::RLIMIT_AS, &raw mut limit) } == 0
@@ -142,13 +155,13 @@ fn map(size: usize) -> Option<usize> {
         libc::mmap(
             ptr::null_mut(),
             size,
-            libc::PROT_NONE,
+            protection,
             libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
             -1,
             0,
         )
     };
-    (at != libc::MAP_FAILED).then(|| at.expose_provenance())
+    (at != libc::MAP_FAILED).then_some(at.cast())
 }
 
 /// Gives the pages of `[at, at + size)` back to the system; they read as zero afterwards. False if the system refused.
@@ -158,4 +171,17 @@ fn map(size: usize) -> Option<usize> {
 pub(crate) unsafe fn drop_pages(at: *mut u8, size: usize) -> bool {
     // SAFETY: the caller's contract.
     unsafe { libc::madvise(at.cast(), size, libc::MADV_DONTNEED) == 0 }
+}
+
+/// Moves the pages of `[from, from + size)` to `to`, where they replace what was there; `from` reads as zero afterwards. False if
+/// the system refused, and nothing moved.
+///
+/// # Safety
+/// Both are whole pages of spans that the caller took; they do not overlap, and nobody uses them meanwhile.
+pub(crate) unsafe fn move_pages(from: *mut u8, to: *mut u8, size: usize) -> bool {
+    // Without DONTUNMAP there would be a hole that somebody else's mapping could take.
+    let how = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
+    // SAFETY: the caller's contract.
+    let moved = unsafe { libc::mremap(from.cast(), size, size, how, to.cast::<libc::c_void>()) };
+    moved != libc::MAP_FAILED
 }

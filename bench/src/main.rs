@@ -6,6 +6,7 @@
 //! bare primitives, [`cases`] one file for each subject, [`report`] what is printed and written.
 #![deny(unsafe_code)]
 
+mod alloc;
 mod baselines;
 mod case;
 mod cases;
@@ -43,6 +44,11 @@ enum Command {
     List(Output),
     /// Measures single operations, each beside its baseline in the same run.
     Micro(Micro),
+    /// Compares usvm's allocator with mimalloc, jemalloc and glibc's.
+    Alloc(AllocArgs),
+    /// One process of `alloc`.
+    #[command(hide = true)]
+    AllocOne(alloc::One),
     /// Shows how the ratios of two result files differ.
     Compare(Compare),
 }
@@ -75,6 +81,14 @@ struct Micro {
 }
 
 #[derive(Args)]
+struct AllocArgs {
+    #[command(flatten)]
+    what: alloc::Alloc,
+    #[command(flatten)]
+    output: Output,
+}
+
+#[derive(Args)]
 struct Compare {
     /// The results to compare with.
     before: PathBuf,
@@ -88,6 +102,8 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::List(output) => list(&output),
         Command::Micro(micro) => run_micro(&micro),
+        Command::Alloc(args) => run_alloc(&args),
+        Command::AllocOne(one) => one.run().map(|()| ExitCode::SUCCESS),
         Command::Compare(compare) => run_compare(&compare),
     };
     result.unwrap_or_else(|error| {
@@ -119,6 +135,12 @@ fn run_micro(micro: &Micro) -> case::Result<ExitCode> {
     progress("");
     show(&report.table(), &micro.output, &report)?;
     Ok(if report.results.is_empty() { ExitCode::from(SKIPPED) } else { ExitCode::SUCCESS })
+}
+
+fn run_alloc(args: &AllocArgs) -> case::Result<ExitCode> {
+    let comparison = args.what.run(progress)?;
+    show(&comparison.table(), &args.output, &comparison)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn run_compare(compare: &Compare) -> case::Result<ExitCode> {

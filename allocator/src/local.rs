@@ -1,0 +1,409 @@
+//! The threads' heaps of small blocks.
+//!
+//! # Overview
+//! A thread owns one [`Heap`], which owns slabs. Of each class one slab is *current* and gives out blocks; slabs with free
+//! blocks are listed, full ones are in no list, empty ones are kept as spare for any class, or given back. Taking and freeing
+//! a block of one's own is a few plain loads and stores.
+//!
+//! A thread that frees a block of another heap adds it to a list at the block's slab; the first to do so since the owner looked
+//! puts the slab into the owner's *mail*. The owner reads its mail when it would need new memory.
+//!
+//! When a thread ends, its heap stays, with what is still live, for a thread that begins later. Mail for a heap without a
+//! thread is read by the thread that sent it, so that memory of ended threads is returned as well.
+//!
+//! # Locking
+//! None: a heap is used only by whoever changed its state from `IDLE`. So fork needs no care: in the child the heaps of the
+//! threads that are gone are never used, and freeing their blocks goes to their mail.
+//!
+//! # Limits
+//! Heaps are never unmapped: there are as many as there ever were threads at one time.
+//!
+//! # Safety
+//! Heaps live forever. Between the change of state away from `IDLE` and back, everything in the heap and its slabs except
+//! `mail` and `state` belongs to the one who made it; acquire and release order one owner's use before the next one's.
+#![allow(unsafe_code)]
+
+use std::cell::Cell;
+use std::ffi::c_void;
+use std::ptr;
+use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, Ordering};
+
+use crate::class::{self, CLASSES, LARGEST};
+use crate::large;
+use crate::slab::{self, Place, Slab};
+
+/// Empty slabs that a heap keeps.
+const SPARES: usize = 16;
+
+/// Nobody uses the heap.
+const IDLE: u8 = 0;
+/// A thread owns it, or reads its mail.
+const OWNED: u8 = 1;
+
+/// One thread's slabs.
+pub(crate) struct Heap {
+    current: [*mut Slab; CLASSES],
+    listed: [*mut Slab; CLASSES],
+    spares: [*mut Slab; SPARES],
+    spare_count: usize,
+    mail: AtomicPtr<Slab>,
+    state: AtomicU8,
+    /// The next of all heaps.
+    next: *mut Heap,
+}
+
+struct Nobody(Heap);
+
+// SAFETY: never written, as it has no slabs and is in no list.
+unsafe impl Sync for Nobody {}
+
+/// The heap of threads that have none yet: it has nothing to give.
+static NOBODY: Nobody = Nobody(Heap::new());
+
+static HEAPS: AtomicPtr<Heap> = AtomicPtr::new(ptr::null_mut());
+/// The key whose destructor tells that a thread ends, plus one; 0 before there is one.
+static KEY: AtomicU32 = AtomicU32::new(0);
+
+thread_local! {
+    static HEAP: Cell<*mut Heap> = const { Cell::new((&raw const NOBODY.0).cast_mut()) };
+}
+
+impl Heap {
+    const fn new() -> Self {
+        Self {
+            current: [slab::nothing(); CLASSES],
+            listed: [ptr::null_mut(); CLASSES],
+            spares: [ptr::null_mut(); SPARES],
+            spare_count: 0,
+            mail: AtomicPtr::new(ptr::null_mut()),
+            state: AtomicU8::new(OWNED),
+            next: ptr::null_mut(),
+        }
+    }
+}
+
+/// A block of `size` bytes, at most [`LARGEST`]; null when there is no memory.
+#[inline(always)]
+pub(crate) fn alloc(size: usize) -> *mut u8 {
+    let class = class::of(size);
+    let heap = HEAP.get();
+    // SAFETY: the heap is this thread's, or nobody's, whose slabs have nothing to give.
+    unsafe {
+        let block = Slab::pop((*heap).current[class]);
+        if block.is_null() { alloc_slowly(class) } else { block }
+    }
+}
+
+/// Frees a block if it is a small one. False if it is not.
+///
+/// # Safety
+/// `block` is a live block of this allocator, or an address that is none of its.
+#[inline(always)]
+pub(crate) unsafe fn free(block: *mut u8) -> bool {
+    let Some((slab, granules)) = slab::record_of(block) else { return false };
+    // SAFETY: a live block's slab is there; where none is, the record says so.
+    unsafe {
+        let owner = Slab::owner(slab);
+        if owner == HEAP.get() {
+            if Slab::push(slab, granules) {
+                settle(owner, slab);
+            }
+            return true;
+        }
+        if owner.is_null() {
+            return false;
+        }
+        if Slab::free_remotely(slab, granules) {
+            send(owner, slab);
+        }
+        true
+    }
+}
+
+/// The bytes of a small block; `None` if it is none.
+///
+/// # Safety
+/// As [`free`].
+#[inline]
+pub(crate) unsafe fn block_size(block: *const u8) -> Option<usize> {
+    let (slab, _) = slab::record_of(block)?;
+    // SAFETY: as in `free`.
+    unsafe { (!Slab::owner(slab).is_null()).then(|| Slab::block_size(slab)) }
+}
+
+#[cold]
+#[inline(never)]
+fn alloc_slowly(class: usize) -> *mut u8 {
+    let heap = own();
+    if heap.is_null() {
+        return large::fallback(class::size(class));
+    }
+    // SAFETY: the heap is this thread's.
+    unsafe {
+        if !(*heap).mail.load(Ordering::Relaxed).is_null() {
+            read_mail(heap);
+        }
+        let slab = with_blocks(heap, class);
+        if slab.is_null() { large::fallback(class::size(class)) } else { Slab::pop(slab) }
+    }
+}
+
+/// The current slab of the class, with something on its stack; null when there is no memory.
+unsafe fn with_blocks(heap: *mut Heap, class: usize) -> *mut Slab {
+    // SAFETY: the caller owns the heap.
+    unsafe {
+        let current = (*heap).current[class];
+        if current != slab::nothing() {
+            if Slab::has_free(current) || Slab::carve(current) {
+                return current;
+            }
+            Slab::put(current, Place::Full);
+            (*heap).current[class] = slab::nothing();
+        }
+        let listed = (*heap).listed[class];
+        let next = if !listed.is_null() {
+            unlist(heap, listed);
+            Slab::put(listed, Place::Current);
+            listed
+        } else {
+            fresh(heap, class)
+        };
+        if !next.is_null() {
+            (*heap).current[class] = next;
+        }
+        next
+    }
+}
+
+/// An empty slab made ready for the class.
+unsafe fn fresh(heap: *mut Heap, class: usize) -> *mut Slab {
+    // SAFETY: the caller owns the heap and so its spares.
+    unsafe {
+        let slab = match (*heap).spare_count {
+            0 => slab::make(heap, class),
+            count => {
+                let spare = (*heap).spares[count - 1];
+                if !Slab::reuse(spare, class) {
+                    return ptr::null_mut();
+                }
+                (*heap).spare_count = count - 1;
+                spare
+            }
+        };
+        if !slab.is_null() {
+            Slab::carve(slab);
+        }
+        slab
+    }
+}
+
+/// Puts a slab where it belongs after blocks of it were freed.
+#[cold]
+#[inline(never)]
+unsafe fn settle(heap: *mut Heap, slab: *mut Slab) {
+    // SAFETY: the caller owns the heap and the slab.
+    unsafe {
+        match (*slab).place {
+            Place::Current | Place::Nowhere => return,
+            Place::Full => list(heap, slab),
+            Place::Listed => {}
+        }
+        if Slab::is_empty(slab) {
+            unlist(heap, slab);
+            retire(heap, slab);
+        }
+    }
+}
+
+unsafe fn list(heap: *mut Heap, slab: *mut Slab) {
+    // SAFETY: the caller owns the heap and the slab, which is in no list.
+    unsafe {
+        let head = &mut (*heap).listed[Slab::class(slab)];
+        (*slab).previous = ptr::null_mut();
+        (*slab).next = *head;
+        if !head.is_null() {
+            (**head).previous = slab;
+        }
+        *head = slab;
+        Slab::put(slab, Place::Listed);
+    }
+}
+
+unsafe fn unlist(heap: *mut Heap, slab: *mut Slab) {
+    // SAFETY: the caller owns the heap and the slab, which is in its class's list.
+    unsafe {
+        let (previous, next) = ((*slab).previous, (*slab).next);
+        if previous.is_null() {
+            (*heap).listed[Slab::class(slab)] = next;
+        } else {
+            (*previous).next = next;
+        }
+        if !next.is_null() {
+            (*next).previous = previous;
+        }
+    }
+}
+
+/// Keeps an empty slab for another class, or gives it back.
+unsafe fn retire(heap: *mut Heap, slab: *mut Slab) {
+    // SAFETY: the caller owns the heap and the slab, which is in no list.
+    unsafe {
+        let count = (*heap).spare_count;
+        if count < SPARES {
+            Slab::put(slab, Place::Nowhere);
+            (*heap).spares[count] = slab;
+            (*heap).spare_count = count + 1;
+        } else {
+            Slab::release(slab);
+        }
+    }
+}
+
+/// Puts a slab into the mail of its owner, and reads the mail if the owner has no thread.
+#[cold]
+unsafe fn send(heap: *mut Heap, slab: *mut Slab) {
+    // SAFETY: heaps live forever; the slab stays until its mail is read, which cannot be before it is sent.
+    unsafe {
+        let mail = &(*heap).mail;
+        let mut head = mail.load(Ordering::Relaxed);
+        loop {
+            (*slab).mail_next.store(head, Ordering::Relaxed);
+            match mail.compare_exchange_weak(head, slab, Ordering::SeqCst, Ordering::Relaxed) {
+                Ok(_) => break,
+                Err(now) => head = now,
+            }
+        }
+        if (*heap).state.load(Ordering::SeqCst) == IDLE && claim(heap) {
+            leave(heap);
+        }
+    }
+}
+
+/// Settles the slabs in whose blocks others freed some.
+unsafe fn read_mail(heap: *mut Heap) {
+    // SAFETY: the caller owns the heap. A slab in the mail is nobody else's to send; as soon as its list is taken it may
+    // be sent again, so its link is read before.
+    unsafe {
+        let mut slab = (*heap).mail.swap(ptr::null_mut(), Ordering::SeqCst);
+        while !slab.is_null() {
+            let next = (*slab).mail_next.load(Ordering::Relaxed);
+            Slab::collect(slab);
+            settle(heap, slab);
+            slab = next;
+        }
+    }
+}
+
+unsafe fn claim(heap: *mut Heap) -> bool {
+    // SAFETY: heaps live forever.
+    unsafe { (*heap).state.compare_exchange(IDLE, OWNED, Ordering::SeqCst, Ordering::Relaxed).is_ok() }
+}
+
+/// Gives back what is empty and lets go of the heap.
+unsafe fn leave(heap: *mut Heap) {
+    // SAFETY: the caller owns the heap until the state is `IDLE`; after that only if it claims it again.
+    unsafe {
+        loop {
+            read_mail(heap);
+            give_back(heap);
+            (*heap).state.store(IDLE, Ordering::SeqCst);
+            // Mail that came after it was read, from a sender who saw an owner: ours to read, unless somebody else does.
+            if (*heap).mail.load(Ordering::SeqCst).is_null() || !claim(heap) {
+                return;
+            }
+        }
+    }
+}
+
+unsafe fn give_back(heap: *mut Heap) {
+    // SAFETY: the caller owns the heap.
+    unsafe {
+        for class in 0..CLASSES {
+            let current = (*heap).current[class];
+            if current == slab::nothing() {
+                continue;
+            }
+            if Slab::is_empty(current) {
+                (*heap).current[class] = slab::nothing();
+                Slab::release(current);
+            }
+        }
+        while (*heap).spare_count > 0 {
+            (*heap).spare_count -= 1;
+            Slab::release((*heap).spares[(*heap).spare_count]);
+        }
+    }
+}
+
+/// This thread's heap; null when it can have none.
+fn own() -> *mut Heap {
+    let heap = HEAP.get();
+    if heap != (&raw const NOBODY.0).cast_mut() {
+        return heap;
+    }
+    let heap = adopt();
+    if !heap.is_null() {
+        // First, so that whatever allocates in here finds a heap.
+        HEAP.set(heap);
+        tell_at_the_end(heap);
+    }
+    heap
+}
+
+/// A heap that has no thread, or a new one.
+fn adopt() -> *mut Heap {
+    let mut heap = HEAPS.load(Ordering::Acquire);
+    // SAFETY: heaps live forever, and `next` was written before the heap was published.
+    unsafe {
+        while !heap.is_null() {
+            if (*heap).state.load(Ordering::Relaxed) == IDLE && claim(heap) {
+                return heap;
+            }
+            heap = (*heap).next;
+        }
+        let new = large::bookkeeping(size_of::<Heap>()).cast::<Heap>();
+        if new.is_null() {
+            return new;
+        }
+        new.write(Heap::new());
+        let mut head = HEAPS.load(Ordering::Relaxed);
+        loop {
+            (*new).next = head;
+            match HEAPS.compare_exchange_weak(head, new, Ordering::Release, Ordering::Relaxed) {
+                Ok(_) => return new,
+                Err(now) => head = now,
+            }
+        }
+    }
+}
+
+/// Lets [`thread_ends`] be called when this thread ends. Without a key the heap is not used again; nothing else is lost.
+fn tell_at_the_end(heap: *mut Heap) {
+    let mut key = KEY.load(Ordering::Acquire);
+    // SAFETY: the functions get what they are documented to get; a key that lost the race is deleted unused.
+    unsafe {
+        if key == 0 {
+            let mut made: libc::pthread_key_t = 0;
+            if libc::pthread_key_create(&raw mut made, Some(thread_ends)) != 0 {
+                return;
+            }
+            match KEY.compare_exchange(0, made + 1, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => key = made + 1,
+                Err(theirs) => {
+                    libc::pthread_key_delete(made);
+                    key = theirs;
+                }
+            }
+        }
+        libc::pthread_setspecific(key - 1, heap.cast::<c_void>());
+    }
+}
+
+/// What allocates after this (other destructors of the thread) gets a heap again, and this is called again.
+unsafe extern "C" fn thread_ends(heap: *mut c_void) {
+    HEAP.set((&raw const NOBODY.0).cast_mut());
+    // SAFETY: the heap was this thread's until now.
+    unsafe { leave(heap.cast()) }
+}
+
+const _: () = assert!(LARGEST <= slab::SLAB / 2);

@@ -1,0 +1,419 @@
+//! Slabs: 64 KiB of user memory cut into equal blocks, and all that is known about them, which lies elsewhere.
+//!
+//! # Overview
+//! The record of a slab is found from a block's address by arithmetic alone: records lie in one table with an entry for
+//! each 64 KiB of the first reservation. Free blocks are numbers on a stack outside the slab, so neither taking nor
+//! freeing a block reads or writes user memory.
+//!
+//! # Locking
+//! | part of a record | who may use it |
+//! |---|---|
+//! | everything but `remote`, the links and `mail_next` | the heap that owns the slab |
+//! | `heap`, `base`, `stack`, `class`, `room` for reading | whoever frees a block of the slab: they stay as they are while it has live blocks |
+//! | `remote`, the links, `mail_next` | any thread, as told at [`Slab::free_remotely`] |
+//!
+//! # Safety
+//! Records are memory that is zero at first and never unmapped; a record of zeroes means that no slab is there. The
+//! stack has `room` entries and is followed by as many links; `room` is at least `capacity`.
+#![allow(unsafe_code)]
+
+use std::ptr;
+use std::sync::atomic::{AtomicPtr, AtomicU16, AtomicUsize, Ordering};
+
+use crate::class::{self, CLASSES, GRANULE};
+use crate::local::Heap;
+use crate::{large, spans};
+
+/// Bytes and alignment of a slab.
+pub(crate) const SLAB: usize = 64 << 10;
+const SHIFT: u32 = SLAB.trailing_zeros();
+/// Entries that a slab's stack has at least, so that most slabs can change their class and keep it.
+const LEAST_ROOM: usize = 64;
+/// Free blocks that are put on the stack at once when it is empty.
+const CARVE: usize = 64;
+/// The alarm of a slab that needs none.
+const NEVER: u16 = u16::MAX;
+
+/// Where a slab is in its heap.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Place {
+    /// There is no slab, or it is spare.
+    Nowhere = 0,
+    /// Its blocks are being given out.
+    Current,
+    /// It has no free block and is in no list.
+    Full,
+    /// It has free blocks and is in its class's list.
+    Listed,
+}
+
+/// What is known about a slab.
+#[repr(C, align(64))]
+pub(crate) struct Slab {
+    /// The owner; null if there is no slab here.
+    heap: *mut Heap,
+    /// Free blocks, as granules from `base`.
+    stack: *mut u16,
+    base: *mut u8,
+    /// Entries on the stack.
+    count: u16,
+    /// The owner looks at the slab when a free makes `count` this.
+    alarm: u16,
+    /// Blocks that were ever on the stack; the rest of the slab was not used yet.
+    carved: u16,
+    capacity: u16,
+    /// The newest block that another thread freed, plus one; 0 for none.
+    remote: AtomicU16,
+    /// Entries of the stack, and of the links behind it.
+    room: u16,
+    class: u8,
+    pub(crate) place: Place,
+    /// Neighbours in the list of the class.
+    pub(crate) next: *mut Slab,
+    pub(crate) previous: *mut Slab,
+    /// The next slab in the owner's mail.
+    pub(crate) mail_next: AtomicPtr<Slab>,
+}
+
+const _: () = assert!(size_of::<Slab>() == 64);
+
+/// Where the records are and what they cover.
+#[repr(align(64))]
+struct Table {
+    base: AtomicUsize,
+    len: AtomicUsize,
+    records: AtomicPtr<Slab>,
+}
+
+static TABLE: Table =
+    Table { base: AtomicUsize::new(0), len: AtomicUsize::new(0), records: AtomicPtr::new(ptr::null_mut()) };
+
+struct Nothing(Slab);
+
+// SAFETY: never written, and its pointers lead nowhere.
+unsafe impl Sync for Nothing {}
+
+static NOTHING: Nothing = Nothing(Slab {
+    heap: ptr::null_mut(),
+    stack: ptr::null_mut(),
+    base: ptr::null_mut(),
+    count: 0,
+    alarm: NEVER,
+    carved: 0,
+    capacity: 0,
+    remote: AtomicU16::new(0),
+    room: 0,
+    class: 0,
+    place: Place::Nowhere,
+    next: ptr::null_mut(),
+    previous: ptr::null_mut(),
+    mail_next: AtomicPtr::new(ptr::null_mut()),
+});
+
+/// A slab that has nothing to give; only to be read.
+pub(crate) const fn nothing() -> *mut Slab {
+    (&raw const NOTHING.0).cast_mut()
+}
+
+/// For each class: multiplied with an offset in granules and shifted, the number of the block there.
+const RECIPROCAL_SHIFT: u32 = 24;
+static RECIPROCALS: [u32; CLASSES] = {
+    let mut table = [0; CLASSES];
+    let mut number = 0;
+    while number < CLASSES {
+        table[number] = (1 << RECIPROCAL_SHIFT) / class::granules(number) as u32 + 1;
+        number += 1;
+    }
+    table
+};
+
+#[inline]
+fn block_number(class: usize, granules: u16) -> u16 {
+    ((u64::from(granules) * u64::from(RECIPROCALS[class])) >> RECIPROCAL_SHIFT) as u16
+}
+
+/// The record for `block` and the block's offset in granules, if a slab may be there.
+#[inline(always)]
+pub(crate) fn record_of(block: *const u8) -> Option<(*mut Slab, u16)> {
+    let offset = block.addr().wrapping_sub(TABLE.base.load(Ordering::Relaxed));
+    if offset >= TABLE.len.load(Ordering::Relaxed) {
+        return None;
+    }
+    // SAFETY: the table has a record for each 64 KiB of these addresses.
+    let slab = unsafe { TABLE.records.load(Ordering::Relaxed).add(offset >> SHIFT) };
+    Some((slab, ((offset % SLAB) / GRANULE) as u16))
+}
+
+/// Sets the table up. False if there can be none.
+#[cold]
+fn prepare() -> bool {
+    let Some((base, len)) = spans::first() else { return false };
+    let size = (len >> SHIFT) * size_of::<Slab>();
+    let Some(records) = spans::zeroed(size) else { return false };
+    let published =
+        TABLE.records.compare_exchange(ptr::null_mut(), records.cast(), Ordering::AcqRel, Ordering::Acquire);
+    if published.is_err() {
+        // SAFETY: mapped just now; another thread's table was taken.
+        unsafe { libc::munmap(records.cast(), size) };
+    }
+    // Whoever comes first, all write the same.
+    TABLE.base.store(base, Ordering::Release);
+    TABLE.len.store(len, Ordering::Release);
+    true
+}
+
+/// A new slab of this class for `heap`, current and with nothing on its stack yet; null when there is no memory.
+///
+/// # Safety
+/// The caller owns `heap`.
+pub(crate) unsafe fn make(heap: *mut Heap, class: usize) -> *mut Slab {
+    let memory = large::slab();
+    // The first slab is what makes the first reservation, which the table covers.
+    let covered = TABLE.len.load(Ordering::Acquire) != 0 || prepare();
+    let Some((slab, _)) = record_of(memory).filter(|_| covered) else {
+        // No memory, or beyond the first reservation.
+        large::free_slab(memory);
+        return ptr::null_mut();
+    };
+    // SAFETY: the memory is new, so its record is nobody else's.
+    unsafe {
+        (*slab).base = memory;
+        (*slab).heap = heap;
+        if !Slab::reuse(slab, class) {
+            (*slab).heap = ptr::null_mut();
+            large::free_slab(memory);
+            return ptr::null_mut();
+        }
+    }
+    slab
+}
+
+impl Slab {
+    /// Whether `heap` owns it.
+    ///
+    /// # Safety
+    /// `slab` is a record, of a block that is live or of a place where no slab is.
+    #[inline(always)]
+    pub(crate) unsafe fn owner(slab: *const Self) -> *mut Heap {
+        // SAFETY: the caller's contract.
+        unsafe { (*slab).heap }
+    }
+
+    /// Bytes of its blocks.
+    ///
+    /// # Safety
+    /// As [`Slab::owner`], and there is a slab.
+    #[inline]
+    pub(crate) unsafe fn block_size(slab: *const Self) -> usize {
+        // SAFETY: the caller's contract.
+        class::size(unsafe { (*slab).class } as usize)
+    }
+
+    /// The class of its blocks.
+    ///
+    /// # Safety
+    /// As [`Slab::block_size`].
+    #[inline]
+    pub(crate) unsafe fn class(slab: *const Self) -> usize {
+        // SAFETY: the caller's contract.
+        unsafe { (*slab).class as usize }
+    }
+
+    /// Makes an empty slab one of this class, current, with an empty stack. False when there is no memory for a stack.
+    ///
+    /// # Safety
+    /// The caller owns the slab, which has no live block.
+    pub(crate) unsafe fn reuse(slab: *mut Self, class: usize) -> bool {
+        let capacity = SLAB / class::size(class);
+        // SAFETY: the caller's contract.
+        unsafe {
+            let s = &mut *slab;
+            if usize::from(s.room) < capacity {
+                let room = capacity.max(LEAST_ROOM);
+                let stack = large::bookkeeping(room * 2 * size_of::<u16>()).cast::<u16>();
+                if stack.is_null() {
+                    return false;
+                }
+                large::free_bookkeeping(s.stack.cast());
+                s.stack = stack;
+                s.room = room as u16;
+            }
+            s.class = class as u8;
+            s.capacity = capacity as u16;
+            s.carved = 0;
+            s.count = 0;
+            s.alarm = NEVER;
+            s.place = Place::Current;
+        }
+        true
+    }
+
+    /// Gives an empty slab back.
+    ///
+    /// # Safety
+    /// The caller owns the slab, which has no live block and is in no list.
+    pub(crate) unsafe fn release(slab: *mut Self) {
+        // SAFETY: the caller's contract. The record is of zeroes again before anybody can get the memory.
+        unsafe {
+            let memory = (*slab).base;
+            large::free_bookkeeping((*slab).stack.cast());
+            ptr::write_bytes(slab, 0, 1);
+            large::free_slab(memory);
+        }
+    }
+
+    /// A free block; null if none is on the stack.
+    ///
+    /// # Safety
+    /// The caller owns the slab, or it is [`nothing`].
+    #[inline(always)]
+    pub(crate) unsafe fn pop(slab: *mut Self) -> *mut u8 {
+        // SAFETY: the stack has `count` entries; an entry is a block inside the slab.
+        unsafe {
+            let count = (*slab).count;
+            if count == 0 {
+                return ptr::null_mut();
+            }
+            (*slab).count = count - 1;
+            let granules = *(*slab).stack.add(count as usize - 1);
+            (*slab).base.add(granules as usize * GRANULE)
+        }
+    }
+
+    /// Takes a block back. True if the owner must look at the slab: see [`Slab::calm`].
+    ///
+    /// # Safety
+    /// The caller owns the slab and the block, which begins at `granules`.
+    #[inline(always)]
+    pub(crate) unsafe fn push(slab: *mut Self, granules: u16) -> bool {
+        // SAFETY: there are never more free blocks than entries.
+        unsafe {
+            let count = (*slab).count;
+            *(*slab).stack.add(count as usize) = granules;
+            (*slab).count = count + 1;
+            count + 1 == (*slab).alarm
+        }
+    }
+
+    /// Puts unused blocks on the stack, the lowest on top. False if all are in use or were.
+    ///
+    /// # Safety
+    /// The caller owns the slab, whose stack is empty.
+    pub(crate) unsafe fn carve(slab: *mut Self) -> bool {
+        // SAFETY: the caller's contract; no more than `capacity` entries are written.
+        unsafe {
+            let carved = usize::from((*slab).carved);
+            let more = (usize::from((*slab).capacity) - carved).min(CARVE);
+            let step = class::granules((*slab).class as usize);
+            for entry in 0..more {
+                *(*slab).stack.add(entry) = ((carved + more - 1 - entry) * step) as u16;
+            }
+            (*slab).carved = (carved + more) as u16;
+            (*slab).count = more as u16;
+            more > 0
+        }
+    }
+
+    /// Whether no block is live.
+    ///
+    /// # Safety
+    /// The caller owns the slab.
+    pub(crate) unsafe fn is_empty(slab: *const Self) -> bool {
+        // SAFETY: the caller's contract.
+        unsafe { (*slab).count == (*slab).carved }
+    }
+
+    /// Whether something is on the stack.
+    ///
+    /// # Safety
+    /// The caller owns the slab.
+    pub(crate) unsafe fn has_free(slab: *const Self) -> bool {
+        // SAFETY: the caller's contract.
+        unsafe { (*slab).count > 0 }
+    }
+
+    /// Sets the alarm for its place: a full slab wakes its owner with the first free block, a listed one with the last, the
+    /// current one never.
+    ///
+    /// # Safety
+    /// The caller owns the slab.
+    pub(crate) unsafe fn put(slab: *mut Self, place: Place) {
+        // SAFETY: the caller's contract.
+        unsafe {
+            (*slab).place = place;
+            (*slab).alarm = match place {
+                Place::Full => 1,
+                Place::Listed => (*slab).carved,
+                Place::Current | Place::Nowhere => NEVER,
+            };
+        }
+    }
+
+    /// Takes back a block of another heap's slab. True if the slab must go into its owner's mail, by this thread: nobody but it
+    /// may do so until the owner has read the mail.
+    ///
+    /// The freed blocks form a list of block numbers, in links that have an entry for each block: its head is `remote`. Blocks
+    /// are only added one by one and taken all at once, so a head that looks the same is the same list. The slab stays
+    /// where it is until its owner has taken this block: it is the last thing done here.
+    ///
+    /// # Safety
+    /// The block, which begins at `granules`, is live and the caller's.
+    #[inline]
+    pub(crate) unsafe fn free_remotely(slab: *const Self, granules: u16) -> bool {
+        // SAFETY: the slab has a live block until the exchange, so its stack and class stay.
+        unsafe {
+            let number = block_number((*slab).class as usize, granules);
+            let link = Self::link(slab, number);
+            let remote = &raw const (*slab).remote;
+            let mut head = (*remote).load(Ordering::Relaxed);
+            loop {
+                (*link).store(head, Ordering::Relaxed);
+                match (*remote).compare_exchange_weak(head, number + 1, Ordering::Release, Ordering::Relaxed)
+                {
+                    Ok(_) => return head == 0,
+                    Err(now) => head = now,
+                }
+            }
+        }
+    }
+
+    #[inline]
+    unsafe fn link(slab: *const Self, number: u16) -> *const AtomicU16 {
+        // SAFETY: the links follow the stack and have `room` entries too.
+        unsafe { (*slab).stack.add((*slab).room as usize + number as usize).cast() }
+    }
+
+    /// Puts what others freed on the stack.
+    ///
+    /// # Safety
+    /// The caller owns the slab and has taken it out of the mail.
+    pub(crate) unsafe fn collect(slab: *mut Self) {
+        // SAFETY: the list's blocks are ours now; each is on the stack once.
+        unsafe {
+            let step = class::granules((*slab).class as usize);
+            let mut head = (*slab).remote.swap(0, Ordering::Acquire);
+            while head != 0 {
+                let number = head - 1;
+                head = (*Self::link(slab, number)).load(Ordering::Relaxed);
+                *(*slab).stack.add((*slab).count as usize) = number * step as u16;
+                (*slab).count += 1;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn block_numbers_are_quotients() {
+        for class in 0..CLASSES {
+            let granules = class::granules(class);
+            for number in 0..SLAB / class::size(class) {
+                assert_eq!(usize::from(block_number(class, (number * granules) as u16)), number);
+            }
+        }
+    }
+}
