@@ -50,6 +50,12 @@ pub fn acquire(config: Option<Config>) -> Result<Runtime> {
     Ok(runtime)
 }
 
+/// The process's runtime, if there is one and nobody is starting or stopping it. Never waits.
+pub fn peek() -> Option<Runtime> {
+    let shared = SHARED.try_lock().ok()?;
+    shared.as_ref().filter(|s| s.owner == std::process::id()).map(|s| s.runtime.clone())
+}
+
 /// The process's runtime, if there is one.
 pub fn current() -> Option<Runtime> {
     shared().as_ref().map(|s| s.runtime.clone())

@@ -1,3 +1,42 @@
 //! usvm under an unmodified program: the library that `usvm run` preloads.
+//!
+//! # Overview
+//! | room | what it does |
+//! |---|---|
+//! | `start` | decides once, before `main`, whether there is anything to do; chaos; the end of the process |
+//! | `threads` | keeps the control blocks of the program's threads on the host |
+//! | `fds` | keeps usvm's own descriptors from programs that close everything |
+//! | `exits` | statistics of programs that leave by `_exit` |
+//! | `mappings` | calls that show where usvm divided mappings |
+//! | `opencl` | the layer of the OpenCL loader; unified shared memory for drivers without it |
+//! | `next` | the functions behind those that are interposed |
+//! | `tls` | thread-local storage without the dynamic linker |
+//!
+//! The library starts no runtime of its own unless `USVM_CHAOS` asks for one: whoever uses it first does
+//! (`usvm_ffi::process::acquire`). Until then it costs a program its loading and one branch for each interposed call.
+//!
+//! # What is interposed, and why
+//! munmap, madvise, fork and exec need nothing: userfaultfd tells of the first three, and the last ends it all. What
+//! userfaultfd cannot tell: that a thread is about to end (`pthread_create`, `thrd_create`: the kernel writes to the
+//! control block of an ended thread and no fault is served then), that a program closes descriptors it did not open
+//! (`close`, `close_range`, `closefrom`, `dup2`, `dup3`), that it leaves without its exit handlers (`_exit`, `_Exit`).
+//! What it does to mappings that programs can see: `mremap`, `pthread_getattr_np`.
+//!
+//! # Limits
+//! In set-uid programs and with `USVM_ENABLE=0` everything is passed through. Statically linked programs do not load
+//! libraries at all. Threads made by clone(2) itself are not noticed: their memory migrates like any other, and
+//! CLONE_CHILD_CLEARTID of such a thread must not point into memory that a device uses.
+//!
+//! # Safety
+//! Each room says why it holds. Interposed functions have the C library's own signatures.
+#![allow(unsafe_code)]
 
+mod exits;
+mod fds;
+mod mappings;
+mod next;
 mod opencl;
+mod start;
+mod threads;
+#[cfg(target_arch = "x86_64")]
+mod tls;

@@ -70,6 +70,11 @@ pub fn is_service_thread() -> bool {
     ROLE.get() == Role::Service
 }
 
+/// Whether the current thread is one of usvm's own, or inside a call into usvm.
+pub fn is_internal() -> bool {
+    ROLE.get() != Role::Application
+}
+
 /// Runs `f` with its allocations going to usvm's own memory. Every entry of an application thread into usvm does.
 pub fn internal<R>(f: impl FnOnce() -> R) -> R {
     struct Restore(Role);

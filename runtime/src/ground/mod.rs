@@ -6,6 +6,7 @@ pub mod addr;
 pub mod alloc;
 pub mod config;
 pub mod error;
+pub mod fds;
 pub mod inject;
 pub(crate) mod renew;
 pub mod sync;

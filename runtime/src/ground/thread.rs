@@ -10,9 +10,11 @@
 #![allow(unsafe_code)]
 
 use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock};
 use std::thread::JoinHandle;
 
+use crossbeam_utils::sync::ShardedLock;
 use nix::sys::signal::SigSet;
 use rustix::thread::{Pid, gettid};
 
@@ -22,6 +24,8 @@ use crate::ground::renew::Renewable;
 
 static ON_START: OnceLock<fn()> = OnceLock::new();
 static ON_END: OnceLock<fn()> = OnceLock::new();
+/// Threads that were started and have not come to their own work yet.
+static STARTING: AtomicUsize = AtomicUsize::new(0);
 static LIVING: Renewable<Mutex<Vec<(Pid, String)>>> = Renewable::new(Mutex::new(Vec::new()));
 
 /// Registers what every new service thread runs first. The first registration counts.
@@ -40,12 +44,15 @@ pub fn spawn(name: &str, f: impl FnOnce() + Send + 'static) -> io::Result<JoinHa
     alloc::internal(|| {
         let name = format!("usvm-{name}");
         let before = SigSet::all().thread_swap_mask(nix::sys::signal::SigmaskHow::SIG_SETMASK)?;
+        STARTING.fetch_add(1, Ordering::AcqRel);
         let spawned = std::thread::Builder::new().name(name.clone()).spawn(move || {
             alloc::become_service_thread();
             if let Some(start) = ON_START.get() {
                 start();
             }
+            warm_up();
             let listed = Listed::new(name);
+            STARTING.fetch_sub(1, Ordering::AcqRel);
             f();
             listed.done();
             if let Some(end) = ON_END.get() {
@@ -53,8 +60,24 @@ pub fn spawn(name: &str, f: impl FnOnce() + Send + 'static) -> io::Result<JoinHa
             }
         });
         before.thread_set_mask()?;
+        if spawned.is_err() {
+            STARTING.fetch_sub(1, Ordering::AcqRel);
+        }
         spawned
     })
+}
+
+/// Whether every thread that was started does its own work by now. Until then it reads the dynamic linker's tables and
+/// allocates from the C library, as any thread that begins.
+pub fn all_started() -> bool {
+    STARTING.load(Ordering::Acquire) == 0
+}
+
+/// Makes what the standard library and crates keep for each thread now. For that they call the C library's allocator,
+/// whose locks the program's threads hold while they wait for us.
+fn warm_up() {
+    drop(ShardedLock::new(()).read());
+    let _ = std::thread::current().id();
 }
 
 /// Kernel ids and names of the service threads that have started and not ended.
@@ -69,6 +92,7 @@ pub fn living() -> Vec<(Pid, String)> {
 pub(crate) unsafe fn forget_all() {
     // SAFETY: the caller's.
     unsafe { LIVING.renew(Mutex::new(Vec::new())) };
+    STARTING.store(0, Ordering::Release);
 }
 
 fn list() -> std::sync::MutexGuard<'static, Vec<(Pid, String)>> {

@@ -103,6 +103,25 @@ pub fn exempt_own_objects() -> Vec<Span> {
     spans
 }
 
+/// Makes the pages with the program's arguments, environment and auxiliary vector exempt: other processes read them
+/// (`ps`), and no fault of theirs is served.
+pub fn exempt_arguments() -> Option<Span> {
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    // Fields 28 and 51, counted from the state, the first after the name in parentheses.
+    let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split_ascii_whitespace().collect();
+    let field = |number: usize| fields.get(number - 3)?.parse::<u64>().ok();
+    let (stack, end) = (field(28)?, field(51)?);
+    let span = (stack < end).then(|| Span::new(stack, end))?.page_aligned();
+    exempt(span);
+    Some(span)
+}
+
+/// Makes the pages of the calling thread's control block exempt. The kernel writes there when the thread has ended
+/// (clear_child_tid, the robust list), and then no fault is served: pthread_join would wait for ever.
+pub fn exempt_thread_control() {
+    thread_control().into_iter().take(1).for_each(exempt);
+}
+
 /// A loaded object, as the dynamic linker tells it.
 #[derive(Debug, Default)]
 struct Object {

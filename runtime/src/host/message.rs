@@ -24,6 +24,7 @@
 use super::sys;
 use crate::ground::addr::Span;
 use crate::ground::error::{Errno, Error, Result};
+use crate::ground::fds::Kept;
 use linux_raw_sys::general as uapi;
 use rustix::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -82,8 +83,8 @@ pub struct Ready {
 /// The reading end of a userfaultfd.
 #[derive(Debug)]
 pub struct Channel {
-    uffd: OwnedFd,
-    wake: OwnedFd,
+    uffd: Kept,
+    wake: Kept,
     gate: RwLock<()>,
     /// Events that were read and are not handled yet.
     unhandled: AtomicU32,
@@ -93,7 +94,12 @@ impl Channel {
     /// For `uffd`, which must not block.
     pub(super) fn new(uffd: OwnedFd) -> Result<Self> {
         let wake = sys::eventfd().map_err(|e| Error::os("eventfd", e))?;
-        Ok(Self { uffd, wake, gate: RwLock::new(()), unhandled: AtomicU32::new(0) })
+        Ok(Self {
+            uffd: Kept::new(uffd),
+            wake: Kept::new(wake),
+            gate: RwLock::new(()),
+            unhandled: AtomicU32::new(0),
+        })
     }
 
     /// The userfaultfd.

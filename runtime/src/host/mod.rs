@@ -182,6 +182,28 @@ impl Host {
         self.pool.held_bytes()
     }
 
+    /// What could migrate now: writable, private anonymous memory that is not exempt.
+    pub fn movable(&self) -> Vec<Span> {
+        let mut movable = Vec::new();
+        for mapping in self.maps.movable().unwrap_or_default() {
+            let mut at = mapping.start;
+            while at < mapping.end {
+                let (part, is_exempt) = exempt::extent(at);
+                let end = part.end.min(mapping.end);
+                if !is_exempt {
+                    movable.push(Span::new(at, end));
+                }
+                at = end.max(at + SZ_4K);
+            }
+        }
+        movable
+    }
+
+    /// The first page of `span` that is there.
+    pub fn first_present(&self, span: Span) -> Option<u64> {
+        self.pagemap.next_present(span.start, span.end)
+    }
+
     /// Gives all prepared pages back to the kernel, and says how many bytes; for memory pressure.
     pub fn drain(&self) -> u64 {
         self.pool.drain(self.ground())

@@ -19,6 +19,7 @@ use super::features::Features;
 use super::sys::{self, ScanFor};
 use crate::ground::addr::{PAGE_SHIFT, PageMask, SZ_2M, SZ_4K, Span};
 use crate::ground::error::Errno;
+use crate::ground::fds::Kept;
 use linux_raw_sys::general as uapi;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -60,7 +61,7 @@ pub(super) struct Pages {
 /// The reader of page state.
 #[derive(Debug)]
 pub(super) struct Pagemap {
-    file: OwnedFd,
+    file: Kept,
     scan: bool,
     /// Registered mappings show as WPALLOWED.
     marks_registered: bool,
@@ -73,7 +74,7 @@ impl Pagemap {
         let asynchronous = Features::WP_ASYNC | Features::WP_UNPOPULATED;
         let scan = features.contains(Features::PAGEMAP_SCAN);
         Self {
-            file,
+            file: Kept::new(file),
             scan,
             marks_registered: scan && features.contains(asynchronous),
             tracks: features.contains(Features::WP_ASYNC),
@@ -118,6 +119,17 @@ impl Pagemap {
         }
         pages.registered = self.marks_registered.then_some(registered);
         Ok(pages)
+    }
+
+    /// The first page from `from` to `end` that is there; `from` where the kernel has no quick way to tell.
+    pub(super) fn next_present(&self, from: u64, end: u64) -> Option<u64> {
+        if !self.scan || from >= end {
+            return (from < end).then_some(from);
+        }
+        let what = ScanFor { all: PRESENT, any: 0, report: PRESENT, arm: false };
+        let mut region = [EMPTY_REGION; 1];
+        let found = sys::pagemap_scan(self.file.as_fd(), Span::new(from, end), what, &mut region).ok()?;
+        (found > 0).then_some(region[0].start)
     }
 
     fn pages_by_read(&self, span: Span) -> Result<Pages, Errno> {

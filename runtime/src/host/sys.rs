@@ -28,6 +28,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, opcode};
 use rustix::mm::{Advice, MapFlags, MprotectFlags, MremapFlags, ProtFlags, UserfaultfdFlags};
 use std::ffi::c_void;
+use std::mem::ManuallyDrop;
 use std::time::Duration;
 
 pub(super) type Result<T> = std::result::Result<T, Errno>;
@@ -485,9 +486,8 @@ pub(super) fn deny(span: Span) -> Result<()> {
 /// userfaultfd calls on it fail.
 pub(super) fn retire(fd: BorrowedFd<'_>) -> Result<()> {
     let nothing = eventfd()?;
-    // SAFETY: both are open descriptors of ours; the number stays open and owned by whoever owns it.
-    if unsafe { libc::dup3(nothing.as_raw_fd(), fd.as_raw_fd(), libc::O_CLOEXEC) } < 0 {
-        return Err(Errno(std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EBADF)));
-    }
-    Ok(())
+    // SAFETY: an open descriptor of ours; its owner goes on owning it, for this one is never dropped.
+    let mut number = ManuallyDrop::new(unsafe { OwnedFd::from_raw_fd(fd.as_raw_fd()) });
+    // By system call, not by libc's function, which the preload library keeps off usvm's own descriptors.
+    Ok(rustix::io::dup3(&nothing, &mut number, rustix::io::DupFlags::CLOEXEC)?)
 }

@@ -15,6 +15,7 @@
 use super::sys;
 use crate::ground::addr::{SZ_4K, Span};
 use crate::ground::error::{Errno, Error, Result};
+use crate::ground::fds::Kept;
 use crate::space::ports::{Vma, VmaKind};
 use linux_raw_sys::general::{procmap_query, procmap_query_flags as flag};
 use rustix::fd::{AsFd, OwnedFd};
@@ -45,10 +46,10 @@ impl RawVma {
 /// The reader of mappings.
 #[derive(Debug)]
 pub(super) struct Maps {
-    maps: OwnedFd,
+    maps: Kept,
     by_query: bool,
     /// For reading the file: its own descriptor (position and buffer go together) and a reused buffer.
-    file: Mutex<(OwnedFd, Vec<u8>)>,
+    file: Mutex<(Kept, Vec<u8>)>,
     devices: Devices,
 }
 
@@ -56,7 +57,12 @@ impl Maps {
     pub(super) fn new(maps: OwnedFd, by_query: bool) -> Result<Self> {
         let path = "/proc/self/maps";
         let file = sys::open(path, rustix::fs::OFlags::RDONLY).map_err(|e| Error::os(path, e))?;
-        Ok(Self { maps, by_query, file: Mutex::new((file, Vec::new())), devices: Devices::learn() })
+        Ok(Self {
+            maps: Kept::new(maps),
+            by_query,
+            file: Mutex::new((Kept::new(file), Vec::new())),
+            devices: Devices::learn(),
+        })
     }
 
     /// The mapping that holds `addr`.
@@ -118,6 +124,30 @@ impl Maps {
     }
 
     fn read_once(&self, addr: u64) -> sys::Result<Option<RawVma>> {
+        let mut found = None;
+        self.walk(|vma| {
+            if vma.span.contains(addr) {
+                found = Some(vma);
+            }
+            vma.span.end <= addr
+        })?;
+        Ok(found)
+    }
+
+    /// Writable, readable, private anonymous memory that is no code.
+    pub(super) fn movable(&self) -> sys::Result<Vec<Span>> {
+        let mut spans = Vec::new();
+        self.walk(|vma| {
+            if vma.kind == VmaKind::Anonymous && vma.read && vma.write && !vma.exec {
+                spans.push(vma.span);
+            }
+            true
+        })?;
+        Ok(spans)
+    }
+
+    /// Gives `each` the mappings in ascending order until it says `false`.
+    fn walk(&self, mut each: impl FnMut(RawVma) -> bool) -> sys::Result<()> {
         let mut guard = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         let (file, buf) = &mut *guard;
         sys::rewind(&*file)?;
@@ -127,16 +157,14 @@ impl Maps {
             buf.resize(kept + 4096, 0);
             let got = match sys::read(&*file, &mut buf[kept..]) {
                 Err(Errno(libc::EINTR)) => 0,
-                Ok(0) => return Ok(None),
+                Ok(0) => return Ok(()),
                 other => other?,
             };
             buf.truncate(kept + got);
             let lines = buf.iter().rposition(|&b| b == b'\n').map_or(0, |at| at + 1);
             for line in buf[..lines].split(|&b| b == b'\n') {
-                match self.parse(line) {
-                    Some(vma) if vma.span.contains(addr) => return Ok(Some(vma)),
-                    Some(vma) if vma.span.start > addr => return Ok(None),
-                    _ => {}
+                if self.parse(line).is_some_and(|vma| !each(vma)) {
+                    return Ok(());
                 }
             }
             buf.drain(..lines);

@@ -1,68 +1,177 @@
 //! Chaos: migrations that nobody asked for, to test a program and usvm.
 //!
 //! # Overview
-//! `USVM_CHAOS=RATE[,SEED]` starts a thread that, RATE times a second, takes a range that the device has used and sends
-//! it to a device, brings it or a part of it home, drops its retained pages or its sharing. None of this may change a
-//! program's results: any difference is a bug of usvm.
+//! `USVM_CHAOS=RATE[,SEED]` starts a thread that, RATE times a second, sends memory of the program to a device, brings
+//! it or a part of it home, drops its retained pages, shares it with a device or forgets how it was divided. None of
+//! this may change a program's results: any difference is a bug of usvm.
+//!
+//! All memory that could migrate is disturbed, whether a device ever used it or not: heap, stacks, data of the program and
+//! of its libraries. [`Prey`] learns it from the mappings anew every [`FORESIGHT`]. One time in two a mapping is chosen, so
+//! that the small and busy ones get their share, otherwise a byte, so that the large ones do.
 //!
 //! # Limits
-//! Only ranges that exist are disturbed: memory that no device ever used stays where it is.
+//! A disturbance that finds the memory gone or in other hands is not done, and another one is tried, [`TRIES`] times. When
+//! migrations take longer than the rate leaves time for, fewer are done.
 
+use std::collections::VecDeque;
 use std::sync::Weak;
 use std::time::{Duration, Instant};
 
 use super::Inner;
-use crate::ground::addr::{PageMask, SZ_4K};
+use crate::ground::addr::{PageMask, SZ_2M, SZ_4K, SZ_64K, Span};
 use crate::ground::config::Chaos;
+use crate::ground::thread;
+use crate::host::Host;
 use crate::observe::stats::Cause;
+use crate::space::mover::Range;
+use crate::space::ports::{GpuAccess, Placement};
 use crate::space::svm::{Svm, Want};
 
 /// Steps that are done without a pause between them; more often the clock cannot wake a thread usefully.
 const SHORTEST_PAUSE: Duration = Duration::from_micros(200);
+/// How far the steps may fall behind before the time that is lost is given up.
+const BACKLOG: Duration = Duration::from_millis(20);
+/// How long the list of mappings is believed.
+const FORESIGHT: Duration = Duration::from_millis(20);
+/// How often another disturbance is tried in the place of one that could not be done.
+const TRIES: u32 = 8;
+/// How many of the last places sent to a device are remembered.
+const MEMORY: usize = 256;
 
 /// The thread's body; ends with the runtime.
 pub(super) fn run(runtime: &Weak<Inner>, chaos: Chaos) {
-    let mut dice = Dice(chaos.seed | 1);
+    while !thread::all_started() {
+        std::thread::sleep(SHORTEST_PAUSE);
+    }
     let period = Duration::from_secs(1).checked_div(chaos.rate.clamp(1, u64::from(u32::MAX)) as u32);
     let period = period.unwrap_or_default();
+    let mut prey = Prey::new(chaos.seed);
     let mut due = Instant::now();
     loop {
         let Some(runtime) = runtime.upgrade() else { return };
+        prey.learn(&runtime.host);
+        while due <= Instant::now() {
+            if !runtime.is_running() {
+                return;
+            }
+            let devices = runtime.devices.len() as u64;
+            (0..TRIES).find(|_| prey.disturb(&runtime.host, &runtime.svm, devices));
+            due = (due + period).max(Instant::now().checked_sub(BACKLOG).unwrap_or(due));
+        }
         if !runtime.is_running() {
             return;
-        }
-        while due <= Instant::now() {
-            step(&runtime.svm, runtime.devices.len() as u64, &mut dice);
-            due += period;
         }
         drop(runtime);
         std::thread::sleep(due.saturating_duration_since(Instant::now()).max(SHORTEST_PAUSE));
     }
 }
 
-/// One disturbance. What cannot be done now, because others use the range, is simply not done.
-fn step(svm: &Svm, devices: u64, dice: &mut Dice) {
-    let Some(range) = svm.space.nth(dice.below(svm.space.range_count() as u64) as usize) else { return };
-    let span = range.span();
-    match dice.below(8) {
-        0..4 => drop(svm.gpu_access(dice.below(devices) as u32, span.start, span.len(), Want::prefetch())),
-        4 => drop(svm.bring_home(span, Cause::User)),
-        5 => {
-            let Some(mut state) = range.data.try_lock() else { return };
-            svm.mover.release_retained(&range, &mut state);
+/// What can be disturbed.
+struct Prey {
+    dice: Dice,
+    spans: Vec<Span>,
+    bytes: u64,
+    learned: Option<Instant>,
+    sent: VecDeque<u64>,
+}
+
+impl Prey {
+    fn new(seed: u64) -> Self {
+        let dice = Dice(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+        Self { dice, spans: Vec::new(), bytes: 0, learned: None, sent: VecDeque::with_capacity(MEMORY) }
+    }
+
+    fn learn(&mut self, host: &Host) {
+        if self.learned.is_some_and(|at| at.elapsed() < FORESIGHT) {
+            return;
         }
-        what => {
-            let Some(mut state) = range.data.try_lock() else { return };
-            if range.data.is_pinned() {
-                return;
+        self.spans = host.movable();
+        self.bytes = self.spans.iter().map(|span| span.len()).sum();
+        self.learned = Some(Instant::now());
+    }
+
+    /// A page that is there, or was when nobody looked.
+    fn page(&mut self, host: &Host) -> Option<u64> {
+        let count = self.spans.len() as u64;
+        let (span, at) = if self.dice.below(2) == 0 {
+            let span = *self.spans.get(self.dice.below(count) as usize)?;
+            (span, span.start + self.dice.below(span.len()))
+        } else {
+            let mut at = self.dice.below(self.bytes);
+            let span = self.spans.iter().find(|span| match at.checked_sub(span.len()) {
+                Some(rest) => {
+                    at = rest;
+                    false
+                }
+                None => true,
+            })?;
+            (*span, span.start + at)
+        };
+        let from = at & !(SZ_4K - 1);
+        host.first_present(Span::new(from, span.end))
+            .or_else(|| host.first_present(Span::new(span.start, from)))
+    }
+
+    /// One disturbance; whether there was something to do.
+    fn disturb(&mut self, host: &Host, svm: &Svm, devices: u64) -> bool {
+        match self.dice.below(8) {
+            0..4 => self.send(host, svm, devices),
+            what => {
+                let Some(at) = self.dice.pick(&self.sent) else { return self.send(host, svm, devices) };
+                match svm.space.find(at) {
+                    Some(range) => self.disturb_range(svm, &range, what),
+                    None => self.send(host, svm, devices),
+                }
             }
-            let pages = match what {
-                6 => PageMask::first(span.pages()),
-                _ => PageMask::of(span, span.page_run(dice.below(span.len() / SZ_4K) as usize, 1)),
-            };
-            svm.mover.unshare_copy(&range, &mut state);
-            // An error leaves the rest where it is, recorded so.
-            let _ = svm.mover.to_host(&range, &mut state, &pages, Cause::User);
+        }
+    }
+
+    /// Sends a page, and what is around it, to a device, or shares it.
+    fn send(&mut self, host: &Host, svm: &Svm, devices: u64) -> bool {
+        let Some(page) = self.page(host) else { return false };
+        let chunk = match self.dice.below(8) {
+            0..4 => SZ_4K,
+            4..7 => SZ_64K,
+            _ => SZ_2M,
+        };
+        let shared = self.dice.below(16) == 0;
+        let want = Want { chunk: Some(chunk), ..Want::prefetch() };
+        let want = match shared {
+            true => Want { access: GpuAccess::Read, bracketed: true, force: Some(Placement::Share), ..want },
+            false => want,
+        };
+        let sent = svm.gpu_access(self.dice.below(devices) as u32, page, SZ_4K, want).is_ok();
+        if sent {
+            self.sent.truncate(MEMORY - 1);
+            self.sent.push_front(page);
+        }
+        sent
+    }
+
+    /// Disturbs a range that a device has or had.
+    fn disturb_range(&mut self, svm: &Svm, range: &std::sync::Arc<Range>, what: u64) -> bool {
+        let span = range.span();
+        match what {
+            4 => return svm.bring_home(span, Cause::User).is_ok(),
+            5 => {
+                svm.recut(span);
+                return true;
+            }
+            _ => {}
+        }
+        let Some(mut state) = range.data.try_lock() else { return false };
+        if range.data.is_pinned() {
+            return false;
+        }
+        match what {
+            6 => svm.mover.release_retained(range, &mut state) > 0,
+            _ => {
+                let pages =
+                    PageMask::of(span, span.page_run(self.dice.below(span.len() / SZ_4K) as usize, 1));
+                svm.mover.unshare_copy(range, &mut state);
+                // An error leaves the rest where it is, recorded so.
+                svm.mover.to_host(range, &mut state, &pages, Cause::User).is_ok()
+            }
         }
     }
 }
@@ -76,5 +185,28 @@ impl Dice {
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
         self.0 % bound.max(1)
+    }
+
+    fn pick(&mut self, from: &VecDeque<u64>) -> Option<u64> {
+        from.get(self.below(from.len() as u64) as usize).copied()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_same_seed_gives_the_same_numbers_and_all_of_them() {
+        let rolls = |seed| {
+            let mut dice = Prey::new(seed).dice;
+            (0..4096).map(|_| dice.below(8)).collect::<Vec<_>>()
+        };
+        assert_eq!(rolls(7), rolls(7));
+        assert_ne!(rolls(7), rolls(8));
+        for what in 0..8 {
+            let count = rolls(3).into_iter().filter(|n| *n == what).count();
+            assert!((400..640).contains(&count), "{what} came {count} times of 4096");
+        }
     }
 }

@@ -38,8 +38,9 @@ mod publish;
 mod watchdog;
 
 use std::fmt;
+use std::io::Write as _;
 use std::sync::atomic::{AtomicPtr, AtomicU8, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use crate::device::sim::{self, Gpu, Profile, SimConfig, SimDevice};
@@ -47,7 +48,7 @@ use crate::ground::addr::{SZ_64K, Span};
 use crate::ground::config::Config;
 use crate::ground::error::{Errno, Error, Result};
 use crate::ground::sync::Fence;
-use crate::ground::{alloc, thread};
+use crate::ground::{alloc, fds, thread};
 use crate::host::fork::{self, Handlers};
 use crate::host::service::Service;
 use crate::host::{Host, Options, exempt};
@@ -59,7 +60,7 @@ use crate::policy;
 use crate::space::mover::{self, Mover, Range};
 use crate::space::ports::{Device, DeviceInfo, FaultSink, GpuAccess};
 use crate::space::span_map::SpanMap;
-use crate::space::svm::{Svm, Want};
+use crate::space::svm::{PIN_PATIENCE, Svm, Want};
 use crate::space::timeslice::Rule;
 use crate::space::{Space, SpaceConfig};
 use crate::vram::copy::Copier;
@@ -191,6 +192,8 @@ fn start(builder: Builder) -> Result<Runtime> {
     thread::on_end(exempt::release_current_thread);
     alloc::spans().into_iter().filter(|s| !s.is_empty()).for_each(exempt::exempt);
     exempt::exempt_own_objects();
+    exempt::exempt_arguments();
+    exempt::exempt_thread_control();
 
     if !config.enable {
         return Err(Error::NotRunning("USVM_ENABLE is off"));
@@ -250,7 +253,23 @@ fn start(builder: Builder) -> Result<Runtime> {
     publish(&inner)?;
     let runtime = Runtime { handle: Arc::new(Handle(inner)) };
     runtime.inner().start_threads()?;
+    if let Some(started) = ON_START.get() {
+        alloc::external(|| started(&runtime));
+    }
+    runtime.inner().start_chaos()?;
     Ok(runtime)
+}
+
+static ON_START: OnceLock<fn(&Runtime)> = OnceLock::new();
+
+/// Registers what every runtime calls when it runs and has moved nothing yet, on the thread that starts it. The first
+/// registration counts.
+pub fn on_start(f: fn(&Runtime)) {
+    let _ = ON_START.set(f);
+}
+
+fn failed(e: std::io::Error) -> Error {
+    Error::os("clone", Errno(e.raw_os_error().unwrap_or(libc::EAGAIN)))
 }
 
 /// Makes it the process's runtime; there can be one.
@@ -345,7 +364,6 @@ impl Inner {
         for (index, device) in self.devices.iter().enumerate() {
             device.set_fault_sink(Arc::new(Sink { svm: Arc::downgrade(&self.svm), device: index as u32 }));
         }
-        let failed = |e: std::io::Error| Error::os("clone", Errno(e.raw_os_error().unwrap_or(libc::EAGAIN)));
         for index in 0..self.config.workers.max(2) {
             let service = self.service.clone();
             thread::spawn(&format!("fault{index}"), move || service.run()).map_err(failed)?;
@@ -356,10 +374,13 @@ impl Inner {
         }
         let weak = Arc::downgrade(self);
         thread::spawn("watch", move || watchdog::run(&weak)).map_err(failed)?;
-        if let Some(chaos) = self.config.chaos {
-            let weak = Arc::downgrade(self);
-            thread::spawn("chaos", move || chaos::run(&weak, chaos)).map_err(failed)?;
-        }
+        Ok(())
+    }
+
+    fn start_chaos(self: &Arc<Self>) -> Result<()> {
+        let Some(chaos) = self.config.chaos else { return Ok(()) };
+        let weak = Arc::downgrade(self);
+        thread::spawn("chaos", move || chaos::run(&weak, chaos)).map_err(failed)?;
         Ok(())
     }
 
@@ -392,6 +413,27 @@ impl Inner {
         self.finish(CLOSED);
     }
 
+    fn keep_home(&self, span: Span) -> Result<()> {
+        if exempt::is_exempt(span) {
+            return Ok(());
+        }
+        // No access is under way between the two, and a later one sees that the memory is exempt.
+        self.svm.freeze();
+        exempt::exempt(span);
+        self.svm.recut(span);
+        self.svm.thaw();
+        let until = Instant::now() + PIN_PATIENCE;
+        loop {
+            match self.svm.collect_garbage() {
+                Err(Error::Again { .. } | Error::OutOfHostMemory { .. }) if Instant::now() < until => {
+                    self.svm.barrier();
+                    std::thread::sleep(Duration::from_micros(50));
+                }
+                other => return other,
+            }
+        }
+    }
+
     /// Stops the threads and lets go of all memory.
     fn finish(&self, state: u8) {
         self.host.unregister_all();
@@ -418,7 +460,8 @@ impl Inner {
     fn report(&self) {
         let snapshot = self.snapshot();
         if self.config.show_stats {
-            eprint!("{snapshot}");
+            // The program may have closed its standard error.
+            let _ = write!(std::io::stderr(), "{snapshot}");
         }
         if let Some(path) = self.config.stats_path(std::process::id())
             && let Err(e) = std::fs::write(&path, snapshot.to_json())
@@ -506,6 +549,7 @@ fn in_child() {
         unsafe {
             exempt::renew_after_fork();
             thread::forget_all();
+            fds::close_all_in_child();
         }
     }
 }
@@ -588,6 +632,27 @@ impl Runtime {
                 result
             })
         })
+    }
+
+    /// Keeps the pages of `[addr, addr + len)` on the host from now on: no device gets more than remote access. For memory
+    /// that the kernel writes when no fault can be served any more, as a thread's control block.
+    pub fn keep_home(&self, addr: u64, len: u64) -> Result<()> {
+        let (inner, span) = (self.inner().clone(), Span::sized(addr, len).page_aligned());
+        inner.check()?;
+        let owner = inner.clone();
+        inner.control.call(move || owner.keep_home(span))
+    }
+
+    /// Prints and writes the statistics now, as the end of the runtime does, if the configuration asks for them.
+    pub fn report(&self) {
+        let inner = self.inner().clone();
+        if inner.check().is_ok() {
+            let owner = inner.clone();
+            let _ = inner.control.call(move || {
+                owner.report();
+                Ok(())
+            });
+        }
     }
 
     /// Takes the policy called `name` from now on.

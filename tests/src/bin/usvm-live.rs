@@ -12,8 +12,8 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-use usvm_tests::live::report::Totals;
 use usvm_tests::live::play::play;
+use usvm_tests::live::report::Totals;
 use usvm_tests::live::served::{Sabotage, Setup};
 use usvm_tests::replay::trace;
 

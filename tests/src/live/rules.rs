@@ -237,7 +237,10 @@ impl Case<'_> {
         if self.is(&["migrate"]) && !self.is_targeted() && came && self.free < needed {
             return Some(Rule::Full);
         }
-        if self.is(&["migrate"]) && self.is_targeted() && self.asked.is_some_and(|h| !h.span.covers(self.page)) {
+        if self.is(&["migrate"])
+            && self.is_targeted()
+            && self.asked.is_some_and(|h| !h.span.covers(self.page))
+        {
             return Some(Rule::Recut);
         }
         let partly = self.held.is_some_and(|h| h.device > 0 && h.device < h.span.pages());

@@ -157,7 +157,7 @@ impl Svm {
     }
 
     /// Has the garbage collector bring the ranges of `span` home and forget them, so that new ones fit the mappings.
-    fn recut(&self, span: Span) {
+    pub fn recut(&self, span: Span) {
         self.invalidate(EventKind::Unmap, span);
     }
 
@@ -190,7 +190,9 @@ impl Svm {
         let mover = &self.mover;
         let ctx = Ctx { read_only: !want.access.writes(), ..self.ctx };
         let aspace = &*mover.host;
-        let range = self.space.find_or_insert(aspace, addr, self.space.config().limits, &ctx)?;
+        let limits = self.space.config().limits;
+        let within = want.chunk.and_then(|size| Span::around(addr, size).intersect(limits)).unwrap_or(limits);
+        let range = self.space.find_or_insert(aspace, addr, within, &ctx)?;
         let mut state = range.data.lock();
         let ticket = range.begin();
         if range.is_gone() {
@@ -206,6 +208,7 @@ impl Svm {
         let placement = match want.force {
             _ if remote || want.leaves(range.span()) => Placement::Remote,
             Some(Placement::Migrate) if migratable && mover.fits(device, range.span()) => Placement::Migrate,
+            Some(Placement::Share) if migratable && mover.fits(device, range.span()) => Placement::Share,
             Some(_) => Placement::Remote,
             None => self.place(&range, &state, device, want, migratable),
         };

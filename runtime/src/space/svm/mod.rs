@@ -64,17 +64,35 @@ pub struct Want {
     /// A range that reaches beyond this span stays with the CPU and is reached over the link: what else lies in it must not
     /// wait for the end of the hold.
     pub within: Option<Span>,
+    /// New ranges are no larger than this.
+    pub chunk: Option<u64>,
 }
 
 impl Want {
     /// A fault of a device.
     pub fn fault(access: GpuAccess) -> Self {
-        Self { access, cause: Cause::GpuAccess, bracketed: false, force: None, pin: true, within: None }
+        Self {
+            access,
+            cause: Cause::GpuAccess,
+            bracketed: false,
+            force: None,
+            pin: true,
+            within: None,
+            chunk: None,
+        }
     }
 
     /// A launch that announces what it uses.
     pub fn launch(access: GpuAccess) -> Self {
-        Self { access, cause: Cause::GpuAccess, bracketed: true, force: None, pin: true, within: None }
+        Self {
+            access,
+            cause: Cause::GpuAccess,
+            bracketed: true,
+            force: None,
+            pin: true,
+            within: None,
+            chunk: None,
+        }
     }
 
     /// A bracket around `span`, of which nobody knows when it ends. Atomics need device memory and take the whole range.
@@ -96,6 +114,7 @@ impl Want {
             force: Some(Placement::Migrate),
             pin: false,
             within: None,
+            chunk: None,
         }
     }
 }

@@ -1,0 +1,239 @@
+//! The control blocks of the program's threads stay on the host.
+//!
+//! # Overview
+//! When a thread has ended, the kernel writes zero where CLONE_CHILD_CLEARTID says and reads the list of robust locks,
+//! both in the thread's control block. It serves no userfaultfd fault then: were that page away, pthread_join would wait
+//! for ever. So every thread tells where its block is when it begins, and the runtime, or the next one that starts, keeps
+//! these pages home ([`usvm::Runtime::keep_home`]).
+//!
+//! # Locking
+//! None: [`TABLE`] is atomics. A new thread of a program with a running runtime waits for one request to it, unless its
+//! block is where an earlier thread's was.
+//!
+//! # Limits
+//! [`BLOCKS`] different places of blocks are remembered; threads beyond them are not protected. Those that the C library
+//! makes for itself (asynchronous I/O, timers) neither; nobody joins them.
+//!
+//! # Safety
+//! The thread pointer is the block's address on x86-64 (psABI). What a thread starts with lives in a static slot or in a
+//! block of malloc, which the new thread takes over.
+
+use std::ffi::{c_int, c_void};
+use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
+
+use usvm::Runtime;
+use usvm::ground::alloc;
+
+use crate::next::Next;
+use crate::start;
+
+type Begin = unsafe extern "C-unwind" fn(*mut c_void) -> *mut c_void;
+type ThrdBegin = unsafe extern "C-unwind" fn(*mut c_void) -> c_int;
+type Create =
+    unsafe extern "C" fn(*mut libc::pthread_t, *const libc::pthread_attr_t, Begin, *mut c_void) -> c_int;
+type ThrdCreate = unsafe extern "C" fn(*mut libc::pthread_t, ThrdBegin, *mut c_void) -> c_int;
+
+// SAFETY: the C library's signatures.
+static CREATE: Next<Create> = unsafe { Next::new(c"pthread_create") };
+// SAFETY: as above.
+static THRD_CREATE: Next<ThrdCreate> = unsafe { Next::new(c"thrd_create") };
+
+/// Bytes of a control block that the kernel may write (struct pthread of glibc).
+const BLOCK: u64 = 2304;
+/// Places of control blocks that are remembered; a power of two.
+const BLOCKS: usize = 4096;
+
+/// Where a control block is, and the runtime that keeps it home.
+struct Place {
+    block: AtomicU64,
+    kept_by: AtomicU32,
+}
+
+static TABLE: [Place; BLOCKS] =
+    [const { Place { block: AtomicU64::new(0), kept_by: AtomicU32::new(0) } }; BLOCKS];
+
+/// Number of the running runtime, 0 for none; each has its own.
+static RUNNING: AtomicU32 = AtomicU32::new(0);
+static STARTED: AtomicU32 = AtomicU32::new(0);
+
+pub(crate) fn look_up() {
+    CREATE.look_up();
+    THRD_CREATE.look_up();
+}
+
+#[cfg(target_arch = "x86_64")]
+fn own_block() -> u64 {
+    let block: u64;
+    // SAFETY: the psABI puts the block's own address at %fs:0.
+    unsafe { std::arch::asm!("mov {}, fs:0", out(reg) block, options(nostack, readonly, preserves_flags)) };
+    block
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn own_block() -> u64 {
+    0
+}
+
+/// The place for `block`: its own from an earlier thread, or a free one.
+fn place_of(block: u64) -> Option<&'static Place> {
+    let first = (block >> 6).wrapping_mul(0x9e37_79b9_7f4a_7c15) as usize >> 20;
+    (0..BLOCKS).map(|step| &TABLE[(first + step) % BLOCKS]).find(|place| {
+        let seen = place.block.compare_exchange(0, block, Ordering::SeqCst, Ordering::SeqCst);
+        seen.is_ok() || seen == Err(block)
+    })
+}
+
+/// Remembers the calling thread's block.
+pub(crate) fn note_current() {
+    let block = own_block();
+    let Some(place) = (block != 0).then(|| place_of(block)).flatten() else { return };
+    let running = RUNNING.load(Ordering::SeqCst);
+    if running != 0 && place.kept_by.load(Ordering::Relaxed) != running && start::is_owner() {
+        // While the runtime still starts this waits; its start keeps what it finds in the table, but may have passed here.
+        if let Some(runtime) = usvm_ffi::process::current() {
+            keep(&runtime, place, running);
+        }
+    }
+}
+
+fn keep(runtime: &Runtime, place: &Place, running: u32) {
+    let block = place.block.load(Ordering::SeqCst);
+    // An error: the runtime has ended.
+    if block != 0 && runtime.keep_home(block, BLOCK).is_ok() {
+        place.kept_by.store(running, Ordering::Relaxed);
+    }
+}
+
+/// A runtime runs: keeps the blocks of all threads there are.
+pub(crate) fn runtime_started(runtime: &Runtime) {
+    let number = STARTED.fetch_add(1, Ordering::Relaxed) + 1;
+    RUNNING.store(number, Ordering::SeqCst);
+    for place in TABLE.iter().filter(|place| place.block.load(Ordering::SeqCst) != 0) {
+        keep(runtime, place, number);
+    }
+}
+
+/// No runtime runs in a forked child, and one thread.
+pub(crate) fn forget_in_child() {
+    RUNNING.store(0, Ordering::SeqCst);
+    for place in &TABLE {
+        place.block.store(0, Ordering::Relaxed);
+        place.kept_by.store(0, Ordering::Relaxed);
+    }
+    note_current();
+}
+
+/// What a new thread begins with.
+struct Start {
+    begin: AtomicPtr<c_void>,
+    arg: AtomicPtr<c_void>,
+}
+
+/// Threads between their creation and their beginning; more of them use malloc.
+const STARTS: usize = 64;
+static STARTING: [Start; STARTS] = [const {
+    Start { begin: AtomicPtr::new(std::ptr::null_mut()), arg: AtomicPtr::new(std::ptr::null_mut()) }
+}; STARTS];
+
+impl Start {
+    /// A slot, or a block of malloc, that holds both.
+    fn new(begin: *mut c_void, arg: *mut c_void) -> Option<*const Self> {
+        let null = std::ptr::null_mut();
+        let free = STARTING.iter().find(|slot| {
+            slot.begin.compare_exchange(null, begin, Ordering::Acquire, Ordering::Relaxed).is_ok()
+        });
+        if let Some(slot) = free {
+            slot.arg.store(arg, Ordering::Release);
+            return Some(slot);
+        }
+        // SAFETY: a fresh block of the right size; malloc's alignment suffices for two pointers.
+        unsafe {
+            let block = libc::malloc(size_of::<Self>()).cast::<Self>();
+            if block.is_null() {
+                return None;
+            }
+            block.write(Self { begin: AtomicPtr::new(begin), arg: AtomicPtr::new(arg) });
+            Some(block)
+        }
+    }
+
+    /// Takes both and frees what held them.
+    ///
+    /// # Safety
+    /// `start` came from [`Start::new`] and is taken once.
+    unsafe fn take(start: *const Self) -> (*mut c_void, *mut c_void) {
+        // SAFETY: live until it is freed below.
+        let this = unsafe { &*start };
+        let arg = this.arg.load(Ordering::Acquire);
+        let begin = this.begin.load(Ordering::Acquire);
+        if STARTING.as_ptr_range().contains(&start) {
+            this.begin.store(std::ptr::null_mut(), Ordering::Release);
+        } else {
+            // SAFETY: from malloc, and nobody else knows it.
+            unsafe { libc::free(start.cast_mut().cast()) };
+        }
+        (begin, arg)
+    }
+}
+
+/// The beginning of a thread. Unwinds as the C library does on pthread_exit.
+unsafe extern "C-unwind" fn begin(start: *mut c_void) -> *mut c_void {
+    // SAFETY: made by `pthread_create` below for this thread; the first word is its function of this type.
+    let (begin, arg) = unsafe { Start::take(start.cast()) };
+    note_current();
+    // SAFETY: the function that the program gave, with its argument.
+    unsafe { std::mem::transmute::<*mut c_void, Begin>(begin)(arg) }
+}
+
+/// [`begin`] for C11's threads.
+unsafe extern "C-unwind" fn thrd_begin(start: *mut c_void) -> c_int {
+    // SAFETY: as in `begin`.
+    let (begin, arg) = unsafe { Start::take(start.cast()) };
+    note_current();
+    // SAFETY: as in `begin`.
+    unsafe { std::mem::transmute::<*mut c_void, ThrdBegin>(begin)(arg) }
+}
+
+/// pthread_create(3).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pthread_create(
+    thread: *mut libc::pthread_t,
+    attr: *const libc::pthread_attr_t,
+    function: Begin,
+    arg: *mut c_void,
+) -> c_int {
+    let real = CREATE.get();
+    let own = !start::is_active() || alloc::is_internal();
+    let Some(start) = (!own).then(|| Start::new(function as *mut c_void, arg)).flatten() else {
+        // SAFETY: the caller's.
+        return unsafe { real(thread, attr, function, arg) };
+    };
+    // SAFETY: as the caller asked, with another beginning that goes on to his.
+    let failed = unsafe { real(thread, attr, begin, start.cast_mut().cast()) };
+    if failed != 0 {
+        // SAFETY: no thread came to take it.
+        unsafe { Start::take(start) };
+    }
+    failed
+}
+
+/// thrd_create(3).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn thrd_create(
+    thread: *mut libc::pthread_t,
+    function: ThrdBegin,
+    arg: *mut c_void,
+) -> c_int {
+    let real = THRD_CREATE.get();
+    let Some(start) = start::is_active().then(|| Start::new(function as *mut c_void, arg)).flatten() else {
+        // SAFETY: the caller's.
+        return unsafe { real(thread, function, arg) };
+    };
+    // SAFETY: as in `pthread_create`.
+    let result = unsafe { real(thread, thrd_begin, start.cast_mut().cast()) };
+    if result != 0 {
+        // SAFETY: no thread came to take it.
+        unsafe { Start::take(start) };
+    }
+    result
+}

@@ -1,0 +1,21 @@
+# heavy: dpnp on Intel's runtime for processors, from a virtual environment under target/.
+DPNP=${DPNP_VENV:-$ROOT/target/venv-dpnp}
+if ! "$DPNP/bin/python" -c 'import dpnp' 2>/dev/null; then
+    PY=$(python3 -c 'import sys; print(sys.executable)') && "$PY" -m venv "$DPNP" &&
+        "$DPNP/bin/pip" install -q dpnp intel-opencl-rt >"$WORK/pip.log" 2>&1 ||
+        skip "dpnp cannot be installed: $(tail -1 "$WORK/pip.log" 2>/dev/null)"
+fi
+export OCL_ICD_FILENAMES="${OCL_ICD_FILENAMES:-$(ls "$DPNP"/lib/libintelocl.so* 2>/dev/null | head -1)}"
+export ONEAPI_DEVICE_SELECTOR=opencl:cpu
+$RUN "$DPNP/bin/python" - <<'PY'
+import dpnp, dpctl, hashlib
+print(dpctl.get_devices()[0].device_type)
+a = dpnp.arange(1 << 20, dtype="int64")
+for i in range(20):
+    a = (a * 3 + i) % 1000003
+print(int(dpnp.sum(a)), int(a[12345]))
+b = dpnp.reshape(a[: 512 * 512], (512, 512)).astype("float64")
+c = dpnp.matmul(b, b.T)
+print(float(dpnp.trace(c)))
+print(hashlib.sha256(dpnp.asnumpy(dpnp.sort(a))).hexdigest()[:16])
+PY

@@ -1,0 +1,3 @@
+# heavy: CPython's own tests that use much memory.
+. "$HERE/real/python.inc"
+regression test_gc test_weakref test_memoryview test_bytes test_array test_buffer test_list test_dict test_set test_zlib test_hashlib test_pickle test_json test_re test_io test_decimal test_sqlite3

@@ -1,0 +1,3 @@
+# heavy: CPython's own tests of subprocesses, signals and fork.
+. "$HERE/real/python.inc"
+regression test_subprocess test_signal test_fork1 test_os test_posix test_faulthandler
