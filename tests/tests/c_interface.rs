@@ -163,9 +163,8 @@ fn without_rights() {
     }
     let program = compile("cc", "-std=c11", "tests/c/notify.c", &[]);
     let folder = tempfile::Builder::new().permissions(open_to_all()).tempdir().unwrap();
-    for file in ["libusvm.so.0"] {
-        std::fs::copy(libraries().join(file), folder.path().join(file)).unwrap();
-    }
+    let file = "libusvm.so.0";
+    std::fs::copy(libraries().join(file), folder.path().join(file)).unwrap();
     for (source, name) in [("tests/c/notify.c", "notify"), ("tests/c/misuse.c", "misuse")] {
         let copy = folder.path().join(name);
         let made = if name == "notify" { program.clone() } else { compile("cc", "-std=c11", source, &[]) };
