@@ -380,7 +380,11 @@ impl Viewer {
             return Ok(None);
         }
         self.seen = before[SEQUENCE];
-        serde_json::from_slice(&text).map(Some).map_err(io::Error::from)
+        let mut live: Live = serde_json::from_slice(&text)?;
+        live.usvm = printable(&live.usvm);
+        live.policy = printable(&live.policy);
+        live.devices.iter_mut().for_each(|device| device.name = printable(&device.name));
+        Ok(Some(live))
     }
 
     /// Asks, and waits up to `limit` for what is published then. `None` when nothing comes: the process is stopped or
@@ -410,6 +414,11 @@ impl Viewer {
     }
 }
 
+/// `text` without what a terminal would obey: another process's words are not to be trusted.
+pub fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+}
+
 /// The processes with a live page that this user may look into, in ascending order.
 pub fn processes() -> Vec<u32> {
     let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
@@ -434,7 +443,9 @@ fn find(pid: u32) -> std::result::Result<PathBuf, NoPage> {
     if let Some(path) = entries.flatten().map(|e| e.path()).find(page) {
         return Ok(path);
     }
-    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).map_err(refused)?;
+    // Names of files need not be UTF-8.
+    let maps = fs::read(format!("/proc/{pid}/maps")).map_err(refused)?;
+    let maps = String::from_utf8_lossy(&maps);
     let Some(mapped) = maps.lines().find(|line| line.ends_with(LINK)) else {
         let loaded = maps.lines().any(|line| line.contains("/libusvm"));
         return Err(if loaded { NoPage::NotStarted(pid) } else { NoPage::NotRunning(pid) });
@@ -487,6 +498,18 @@ mod tests {
         assert_eq!(viewer.read().unwrap(), None, "no news");
         page.publish(&sample(0));
         assert_eq!(viewer.read().unwrap(), Some(sample(0)));
+    }
+
+    #[test]
+    fn a_hostile_process_does_not_reach_the_viewers_terminal() {
+        let _alone = alone();
+        let page = Page::create().unwrap();
+        let mut viewer = Viewer::open(std::process::id()).unwrap();
+        page.publish(&Live { policy: "\x1b[2Jx\u{9b}".into(), ..sample(0) });
+        assert_eq!(viewer.read().unwrap().unwrap().policy, "?[2Jx?");
+        page.word(LENGTH).store(u64::MAX, Ordering::Relaxed);
+        page.word(SEQUENCE).store(100, Ordering::Relaxed);
+        assert!(viewer.read().is_err(), "a length beyond the page, and no JSON");
     }
 
     #[test]

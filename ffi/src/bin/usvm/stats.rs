@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use usvm::observe::live::{Live, Viewer};
+use usvm::observe::live::{Live, Viewer, printable};
 use usvm::observe::stats::StatsSnapshot;
 
 use crate::cli::StatsArgs;
@@ -66,7 +66,7 @@ pub fn heading(live: &Live, pid: u32, name: &str) -> String {
 /// The name of a process; a question mark if it has ended.
 pub fn command(pid: u32) -> String {
     fs::read_to_string(format!("/proc/{pid}/comm"))
-        .map_or_else(|_| "?".into(), |name| name.trim_end().to_owned())
+        .map_or_else(|_| "?".into(), |name| printable(name.trim_end()))
 }
 
 /// A line for each device.

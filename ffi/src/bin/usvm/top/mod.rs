@@ -14,12 +14,12 @@ mod screen;
 
 use std::io::{self, IsTerminal};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use ratatui::DefaultTerminal;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
-use signal_hook::consts::{SIGHUP, SIGTERM};
+use signal_hook::consts::SIGTERM;
 use usvm::observe::live::{self, Viewer};
 
 use crate::cli::TopArgs;
@@ -59,39 +59,42 @@ pub fn top(args: &TopArgs) -> Outcome {
     let mut terminal = ratatui::try_init().map_err(failed)?;
     let watched = watch(&mut terminal, viewer, model, args.delay);
     ratatui::restore();
-    if let Ok(Some(signal)) = watched {
+    if matches!(watched, Ok(Left::Terminated)) {
         // Ends as without a handler.
-        let _ = signal_hook::low_level::emulate_default_handler(signal);
+        let _ = signal_hook::low_level::emulate_default_handler(SIGTERM);
     }
     watched.map(|_| 0).map_err(failed)
 }
 
-/// Draws, looks and listens until the user has seen enough, or a signal ends it, which it gives.
+/// How the screen was left.
+enum Left {
+    ByKey,
+    Terminated,
+}
+
+/// Draws, looks and listens until the user has seen enough, or SIGTERM ends it.
 fn watch(
     terminal: &mut DefaultTerminal,
     mut viewer: Viewer,
     mut model: Model,
     delay: Duration,
-) -> io::Result<Option<i32>> {
-    // The terminal must be put right before the process ends.
-    let ended = Arc::new(AtomicUsize::new(0));
-    for signal in [SIGTERM, SIGHUP] {
-        signal_hook::flag::register_usize(signal, ended.clone(), signal as usize)?;
-    }
+) -> io::Result<Left> {
+    // The terminal must be put right before the process ends. (At SIGHUP there is none any more: that just ends it.)
+    let ended = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register(SIGTERM, ended.clone())?;
     let mut view = screen::View::default();
     let mut next_look = Instant::now() + delay;
     loop {
         terminal.draw(|frame| screen::draw(frame, &model, &mut view))?;
         let wait = next_look.saturating_duration_since(Instant::now()).min(ASK_EVERY);
         let heard = heard(event::poll(wait))?;
-        match ended.load(Ordering::Relaxed) {
-            0 => {}
-            signal => return Ok(Some(signal as i32)),
+        if ended.load(Ordering::Relaxed) {
+            return Ok(Left::Terminated);
         }
         if heard {
             match event::read()? {
                 Event::Key(key) if key.kind == KeyEventKind::Press && !view.key(meaning(key)) => {
-                    return Ok(None);
+                    return Ok(Left::ByKey);
                 }
                 _ => {}
             }

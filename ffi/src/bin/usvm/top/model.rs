@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::fs;
 use std::time::{Duration, Instant};
 
-use usvm::observe::live::{HotRange, Live};
+use usvm::observe::live::{HotRange, Live, printable};
 use usvm::observe::stats::{StatsSnapshot, Unit};
 
 /// Points of each history: as wide as a wide terminal.
@@ -147,8 +147,8 @@ impl Model {
         if self.named.is_some_and(|last| last.elapsed() < NAME_EVERY) {
             return;
         }
-        let maps = fs::read_to_string(format!("/proc/{}/maps", self.pid)).unwrap_or_default();
-        self.mappings = named(&maps);
+        let maps = fs::read(format!("/proc/{}/maps", self.pid)).unwrap_or_default();
+        self.mappings = named(&String::from_utf8_lossy(&maps));
         self.named = Some(Instant::now());
         let names: Vec<_> = self.hottest.iter().map(|hot| self.mapping(hot.range.start)).collect();
         self.hottest.iter_mut().zip(names).for_each(|(hot, name)| hot.mapping = name);
@@ -175,7 +175,7 @@ fn named(maps: &str) -> Vec<(u64, u64, String)> {
         let name = name.strip_prefix("[anon:").map_or(name, |name| name.trim_end_matches(']'));
         let name = if name.is_empty() { "anonymous" } else { name.rsplit('/').next().unwrap_or(name) };
         let address = |hex| u64::from_str_radix(hex, 16).ok();
-        Some((address(start)?, address(end)?, name.to_owned()))
+        Some((address(start)?, address(end)?, printable(name)))
     };
     maps.lines().filter_map(line).collect()
 }
