@@ -5,7 +5,7 @@
 #
 #   run.sh            fresh random traces: SEED (default: the time), OPS in all (default 100000), CONFIGS (default: all)
 #   run.sh record     the traces that are kept: traces/*.trace.xz
-#   run.sh bench      times of the kernel's operations, as JSON on BENCH_OUT (default: the cache)
+#   run.sh bench      times of the kernel's operations and of usvm's beside them, as JSON on BENCH_OUT (default: the cache)
 #   run.sh relock     resolves the packages anew with debootstrap and writes packages.lock
 #   run.sh build      only builds
 set -euo pipefail
@@ -164,7 +164,7 @@ watch_machine() { # process, seconds
             tail -n 30 "$dir/console.txt" >&2
             fail "the machine did not end in $2 s (console: $dir/console.txt)"
         fi
-        if [ $waited -ge 90 ] && ! grep -q 'guest: up' "$dir/console.txt"; then
+        if [ $waited -ge 180 ] && ! grep -q 'guest: up' "$dir/console.txt"; then
             kill "$1" && wait "$1" 2>/dev/null
             return 1
         fi
@@ -185,9 +185,9 @@ boot() {
     (cd "$dir/tree" && find . | cpio --quiet -o -H newc) | gzip -1 >"$dir/initramfs.gz"
     for try in 1 2 3 4; do
         rm -f "$dir/out.img" && truncate -s 1600M "$dir/out.img" && : >"$dir/console.txt"
-        nice -n 10 qemu-system-x86_64 -accel $accel -cpu $cpu -m 3G -smp 2 -nodefaults -display none -no-reboot \
+        nice -n "${BOOT_NICE:-10}" qemu-system-x86_64 -accel $accel -cpu $cpu -m 3G -smp 2 -nodefaults -display none -no-reboot \
             -kernel "$cache/build/vmlinuz" -initrd "$dir/initramfs.gz" \
-            -append "console=ttyS0 loglevel=6 panic=-1 oops=panic init_on_alloc=0" \
+            -append "console=ttyS0 loglevel=6 panic=-1 oops=panic init_on_alloc=0 nowatchdog rcupdate.rcu_cpu_stall_suppress=1" \
             -serial "file:$dir/console.txt" -drive "file=$dir/out.img,format=raw,if=virtio,cache=unsafe" 9>&- &
         if watch_machine $! "$limit"; then break; fi
         [ $try -lt 4 ] || fail "the machine does not start (console: $dir/console.txt)"
@@ -279,19 +279,20 @@ fresh() {
     judge "$work"/out/*.trace
 }
 
+# Both in one boot: the kernel's times, then usvm's. COPY picks usvm's way to copy, otherwise it measures.
 bench() {
     scratch
-    echo bench >"$work/jobs"
+    printf '%s\n' bench "run usvm-live bench /out/usvm-bench.json ${COPY:-}" >"$work/jobs"
+    build_live
     boot "$work"
-    cp "$work/out/bench.json" "${BENCH_OUT:-$cache/bench.json}"
-    cat "$work/out/bench.json"
+    python3 "$here/bench.py" "$work/out/bench.json" "$work/out/usvm-bench.json" "${BENCH_OUT:-$cache/bench.json}"
 }
 
 case ${1:-fresh} in
 relock) prerequisites; relock ;;
 build) prepare ;;
 record) with_cargo; prepare; record ;;
-bench) prepare; bench ;;
+bench) with_cargo; prepare; bench ;;
 fresh) with_cargo; prepare; fresh ;;
 jobs) prepare; scratch; cp "$2" "$work/jobs"; boot "$work" ;; # for experiments: a file of job lines
 *) fail "unknown: $1" ;;

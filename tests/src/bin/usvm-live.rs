@@ -3,6 +3,8 @@
 //! `usvm-live [OPTION]... TRACE[.xz]...` ends in `live: N operations, M traces, K unexplained differences`; exit status 1
 //! if K is not 0.
 //!
+//! `usvm-live bench OUT.json [COPY]` measures instead, with that way to copy or with the fastest.
+//!
 //! | option | |
 //! |---|---|
 //! | `--policy NAME` | another policy than `gpusvm`: contents are compared, residency is not |
@@ -12,6 +14,7 @@
 use std::path::Path;
 use std::process::ExitCode;
 
+use usvm_tests::live::bench;
 use usvm_tests::live::play::play;
 use usvm_tests::live::report::Totals;
 use usvm_tests::live::served::{Sabotage, Setup};
@@ -24,6 +27,10 @@ static ALLOC: usvm::Routed<std::alloc::System> = usvm::Routed(std::alloc::System
 const SHOWN: usize = 10;
 
 fn main() -> ExitCode {
+    let mut args = std::env::args().skip(1);
+    if args.next().is_some_and(|arg| arg == "bench") {
+        return measure(args.next(), args.next());
+    }
     let (setup, traces) = match arguments(std::env::args().skip(1)) {
         Ok(read) => read,
         Err(e) => {
@@ -52,6 +59,19 @@ fn main() -> ExitCode {
     }
     print!("{totals}");
     if totals.differences == 0 && totals.operations > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn measure(out: Option<String>, copy: Option<String>) -> ExitCode {
+    let written = out.ok_or_else(|| "bench needs a file".to_owned()).and_then(|out| {
+        std::fs::write(&out, bench::run(copy)?).map_err(|e| format!("{out}: {e}"))
+    });
+    match written {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("usvm-live: {e}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 fn arguments(mut args: impl Iterator<Item = String>) -> Result<(Setup, Vec<String>), String> {

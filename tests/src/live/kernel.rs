@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use usvm::ground::addr::{SZ_4K, Span};
-use usvm::space::ports::Vma;
+use usvm::space::ports::{Vma, VmaKind};
 
 use super::side::merged;
 use crate::replay::trace::{Op, RangeView};
@@ -16,6 +16,8 @@ pub struct Kernel {
     pub pages: Vec<u8>,
     /// The mappings, clipped to the arena.
     pub vmas: Vec<Vma>,
+    /// The kind of the mapping of each page that the program can read.
+    pub readable: Vec<Option<VmaKind>>,
     /// The ranges by their start.
     pub ranges: BTreeMap<u64, RangeView>,
 }
@@ -23,7 +25,14 @@ pub struct Kernel {
 impl Kernel {
     /// Nothing yet.
     pub fn new(arena: Span) -> Self {
-        Self { arena, pages: vec![b'.'; arena.pages()], vmas: Vec::new(), ranges: BTreeMap::new() }
+        let pages = arena.pages();
+        Self {
+            arena,
+            pages: vec![b'.'; pages],
+            vmas: Vec::new(),
+            readable: vec![None; pages],
+            ranges: BTreeMap::new(),
+        }
     }
 
     /// Takes over what `op` changed. Gives the ranges that went.
@@ -31,6 +40,12 @@ impl Kernel {
         if let Some(vmas) = &op.vmas {
             let clipped = vmas.iter().filter_map(|v| Some(Vma { span: v.span.intersect(self.arena)?, ..*v }));
             self.vmas = merged(clipped);
+            self.readable.fill(None);
+            // A mapping that can only be written can be read as well, as far as the processor goes.
+            for vma in self.vmas.iter().filter(|v| v.read || v.write || v.exec) {
+                let first = self.arena.page_index(vma.span.start);
+                self.readable[first..first + vma.span.pages()].fill(Some(vma.kind));
+            }
         }
         for (span, letter) in &op.pages {
             for at in (span.start..span.end).step_by(SZ_4K as usize) {
@@ -55,10 +70,5 @@ impl Kernel {
     /// The mapping that holds `addr`.
     pub fn vma_at(&self, addr: u64) -> Option<&Vma> {
         self.vmas.iter().find(|v| v.span.contains(addr))
-    }
-
-    /// Whether any of `span` is in a mapping of this kind.
-    pub fn has_kind(&self, span: Span, kind: usvm::space::ports::VmaKind) -> bool {
-        self.vmas.iter().any(|v| v.kind == kind && v.span.overlaps(span))
     }
 }

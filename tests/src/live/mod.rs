@@ -5,6 +5,7 @@
 //! an arena that usvm serves and in a twin that it never sees, and compares after each. [`rules`] is the table of meant
 //! differences.
 
+pub mod bench;
 pub mod child;
 pub mod kernel;
 pub mod play;

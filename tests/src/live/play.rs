@@ -15,6 +15,8 @@
 //! Which chunk becomes a range is taken from the trace (the replay judges it): usvm is given the kernel's ranges. Where the
 //! trace has chunk sizes that usvm cannot move (8M, 512K, 16K), residency is not compared.
 
+use std::cell::OnceCell;
+
 use usvm::GpuAccess;
 use usvm::ground::addr::{SZ_4K, Span};
 use usvm::space::ports::{Vma, VmaKind};
@@ -23,7 +25,7 @@ use super::child::{Child, Order, fork_and_exit};
 use super::kernel::Kernel;
 use super::report::Report;
 use super::rules::{Case, Rule, refusal};
-use super::served::{Held, Place, Sabotage, Served, Setup};
+use super::served::{Look, Place, Sabotage, Served, Setup};
 use super::side::{Errno, Side, WORDS, advice, pattern};
 use crate::replay::trace::{Op, RangeView, Trace};
 
@@ -53,10 +55,8 @@ impl Answers {
 
 /// What there was before an operation.
 struct Before<'a> {
-    places: &'a [Place],
+    look: &'a Look,
     gone: &'a [RangeView],
-    held: &'a [Held],
-    free: u64,
     let_go: bool,
 }
 
@@ -69,7 +69,7 @@ pub struct Player<'a> {
     served: Option<Served>,
     child: Option<Child>,
     kernel: Kernel,
-    places: Vec<Place>,
+    now: Look,
     excused: Vec<Option<Rule>>,
     last_sums: [u64; 2],
     /// Residency is comparable in this space.
@@ -109,7 +109,7 @@ impl<'a> Player<'a> {
             served: None,
             child: None,
             kernel: Kernel::new(trace.arena),
-            places: vec![Place::Host; pages],
+            now: nowhere(pages),
             excused: vec![None; pages],
             last_sums: [0; 2],
             comparable: false,
@@ -126,7 +126,7 @@ impl<'a> Player<'a> {
             served.end();
         }
         // Everything is home now, and as it must be.
-        self.places.fill(Place::Host);
+        self.now.places.fill(Place::Host);
         self.compare_contents(None, (0..self.trace.arena.pages()).collect());
         self.report
     }
@@ -134,7 +134,7 @@ impl<'a> Player<'a> {
     /// Breaks something, for a test that looks whether it is noticed.
     fn sabotage(&mut self, number: usize, sabotage: Sabotage) -> Result<(), String> {
         let served = self.served.as_ref().ok_or("there is nothing to break yet")?;
-        let away = (0..self.places.len()).filter(|&i| self.places[i] == Place::Device);
+        let away = (0..self.now.places.len()).filter(|&i| self.now.places[i] == Place::Device);
         let page = away.map(|i| self.trace.arena.page_run(i, 1)).next();
         let done = match (sabotage, page) {
             (Sabotage::Byte, _) => served.flip_a_byte(),
@@ -171,11 +171,9 @@ impl<'a> Player<'a> {
     }
 
     fn step(&mut self, op: &Op) {
-        let free = self.served.as_ref().map_or(0, Served::free);
-        let held = self.held(op);
         let let_go = op.name == "mremap" && self.make_one(op);
         let answers = self.host_operation(op).or_else(|| self.device_operation(op));
-        let before: Vec<bool> = (0..self.places.len()).map(|i| self.kernel.on_device(i)).collect();
+        let before: Vec<bool> = (0..self.now.places.len()).map(|i| self.kernel.on_device(i)).collect();
         let gone = self.kernel.apply(op);
         if let Some(answers) = answers {
             // What collapsing a span answers depends on its page tables; what it does shows in the contents.
@@ -188,37 +186,23 @@ impl<'a> Player<'a> {
             }
         }
         self.follow_ranges(op, &gone, let_go);
-        let places = self.look(op);
-        let moved: Vec<usize> = (0..places.len())
-            .filter(|&i| places[i] != self.places[i] || before[i] != self.kernel.on_device(i))
+        let now = self.look(op);
+        let was = std::mem::replace(&mut self.now, now);
+        let moved: Vec<usize> = (0..before.len())
+            .filter(|&i| self.now.places[i] != was.places[i] || before[i] != self.kernel.on_device(i))
             .collect();
-        let old = std::mem::replace(&mut self.places, places);
         if self.comparable {
-            let was = Before { places: &old, gone: &gone, held: &held, free, let_go };
+            let was = Before { look: &was, gone: &gone, let_go };
             self.compare_residency(op, &moved, &was);
         }
         if matches!(op.name.as_str(), "mmap" | "munmap" | "mremap" | "mprotect" | "mlock" | "munlock") {
             self.compare_mappings(op);
         }
         let pages = match op.number % ALL_EVERY {
-            0 => (0..self.places.len()).collect(),
+            0 => (0..self.now.places.len()).collect(),
             _ => self.concerned(op, moved),
         };
         self.compare_contents(Some(op), pages);
-    }
-
-    /// usvm's ranges before the operation.
-    fn held(&mut self, op: &Op) -> Vec<Held> {
-        let arena = self.trace.arena;
-        let held = self.served.as_ref().map(|served| served.ranges(arena));
-        match held {
-            Some(Err(e)) => {
-                self.wrong(Some(op), format_args!("usvm tells no ranges: {e}"));
-                Vec::new()
-            }
-            Some(Ok(held)) => held,
-            None => Vec::new(),
-        }
     }
 
     /// The pages that the operation names, and those that moved.
@@ -547,12 +531,12 @@ impl<'a> Player<'a> {
         failed.into_iter().for_each(|e| self.wrong(Some(op), e));
     }
 
-    fn look(&mut self, op: &Op) -> Vec<Place> {
-        let nothing = vec![Place::Host; self.places.len()];
-        let Some(served) = &self.served else { return nothing };
-        match served.places() {
-            Ok(places) => places,
-            Err(e) => {
+    fn look(&mut self, op: &Op) -> Look {
+        let nothing = nowhere(self.now.places.len());
+        match self.served.as_ref().map(Served::look) {
+            None => nothing,
+            Some(Ok(look)) => look,
+            Some(Err(e)) => {
                 self.wrong(Some(op), format_args!("usvm tells no places: {e}"));
                 nothing
             }
@@ -563,10 +547,11 @@ impl<'a> Player<'a> {
 
     fn compare_residency(&mut self, op: &Op, moved: &[usize], was: &Before<'_>) {
         let mut wrong: Vec<usize> = Vec::new();
+        let locked = OnceCell::new();
         let asked = op.args.first().and_then(|a| u64::from_str_radix(a, 16).ok());
         for &i in moved {
             self.report.residency += 1;
-            let place = self.places[i];
+            let place = self.now.places[i];
             let same = match place {
                 Place::Host => !self.kernel.on_device(i),
                 Place::Device => self.kernel.on_device(i),
@@ -583,18 +568,20 @@ impl<'a> Player<'a> {
                 op,
                 page,
                 place,
-                before: was.places[i],
+                before: was.look.places[i],
                 kernel: &self.kernel,
                 range: now.or(left),
                 gone: now.is_none() && left.is_some(),
-                held: was.held.iter().find(|h| h.span.contains(page.start)).copied(),
-                asked: was.held.iter().find(|h| asked.is_some_and(|at| h.span.contains(at))).copied(),
-                free: was.free,
+                held: was.look.held.iter().find(|h| h.span.contains(page.start)).copied(),
+                asked: was.look.held.iter().find(|h| asked.is_some_and(|at| h.span.contains(at))).copied(),
+                free: was.look.free,
                 let_go: was.let_go,
+                live: &self.live,
+                locked: &locked,
             };
             self.excused[i] = case.rule();
             match self.excused[i] {
-                Some(rule) => self.excuse(rule, 1),
+                Some(rule) => *self.report.meant.entry(rule).or_default() += 1,
                 None => wrong.push(i),
             }
         }
@@ -604,8 +591,8 @@ impl<'a> Player<'a> {
                 "{} pages from {:#x} on: usvm has the first on {:?} (before: {:?}), the kernel `{}`; range {}",
                 wrong.len(),
                 page.start,
-                self.places[first],
-                was.places[first],
+                self.now.places[first],
+                was.look.places[first],
                 char::from(self.kernel.pages[first]),
                 self.kernel.range_at(page.start).map_or("none".into(), RangeView::to_string),
             );
@@ -626,11 +613,25 @@ impl<'a> Player<'a> {
         }
     }
 
+    /// Of each page, whether it is anonymous and has no memory, in each arena: then it is all zero, and looking would change
+    /// that.
+    fn holes(&self, wanted: &[usize]) -> Vec<[bool; 2]> {
+        let mut holes = vec![[false; 2]; self.now.places.len()];
+        let Some(served) = self.served.as_ref().filter(|_| !wanted.is_empty()) else { return holes };
+        let present = [self.live.span, self.twin.span].map(|span| served.present(span));
+        for &i in wanted {
+            if self.kernel.readable[i] == Some(VmaKind::Anonymous) {
+                holes[i] = [!present[0][i], !present[1][i]];
+            }
+        }
+        holes
+    }
+
     fn compare_contents(&mut self, op: Option<&Op>, pages: Vec<usize>) {
         let arena = self.trace.arena;
         let at = |i: usize| arena.page_run(i, 1).start;
         let (away, home): (Vec<usize>, Vec<usize>) =
-            pages.into_iter().partition(|&i| self.places[i] == Place::Device);
+            pages.into_iter().partition(|&i| self.now.places[i] == Place::Device);
         let mut wrong = Vec::new();
         if let Some(served) = self.served.as_ref().filter(|_| !away.is_empty()) {
             match served.device_pages(away.iter().map(|&i| at(i)).collect()) {
@@ -645,27 +646,30 @@ impl<'a> Player<'a> {
             }
         }
         self.report.contents += away.len() + home.len();
-        let present = self.served.as_ref().map(Served::present);
+        let holes = self.holes(&home);
         for i in home {
-            let Some(twin) = Side::read_page(at(i) + TWIN) else { continue };
-            let hole = present.as_ref().is_some_and(|p| !p[i]);
-            let anonymous = self.kernel.vma_at(at(i)).is_some_and(|v| v.kind == VmaKind::Anonymous);
-            let same = match hole && anonymous {
-                true => twin == [0; WORDS],
-                false => Side::read_page(at(i)) == Some(twin),
+            let page = |at, hole| if hole { Some([0; WORDS]) } else { Side::read_page(at) };
+            let same = match (self.kernel.readable[i], holes[i]) {
+                (None, _) | (_, [true, true]) => true,
+                (_, [live, twin]) => page(at(i), live) == page(at(i) + TWIN, twin),
             };
             if !same {
                 wrong.push(i);
             }
         }
         if let Some(&first) = wrong.first() {
-            let place = self.places[first];
+            let place = self.now.places[first];
             self.wrong(
                 op,
                 format_args!("contents of {} pages from {:#x} ({place:?}) differ", wrong.len(), at(first)),
             );
         }
     }
+}
+
+/// Everything at home.
+fn nowhere(pages: usize) -> Look {
+    Look { places: vec![Place::Host; pages], ..Look::default() }
 }
 
 fn range_of(range: Option<&RangeView>) -> Option<Span> {

@@ -5,6 +5,8 @@
 //! not. A rule is asked at the operation that made the difference (or changed one side of it); from then on the page is
 //! excused until one of the two sides moves it again. Contents have no rules: they are always equal.
 
+use std::cell::OnceCell;
+
 use usvm::ground::addr::Span;
 use usvm::space::ports::Vma;
 
@@ -155,7 +157,6 @@ meant! {
 }
 
 /// One page at one operation.
-#[derive(Debug)]
 pub struct Case<'a> {
     /// The operation.
     pub op: &'a Op,
@@ -179,6 +180,10 @@ pub struct Case<'a> {
     pub free: u64,
     /// usvm was made to let go of what the operation is about.
     pub let_go: bool,
+    /// The program's memory.
+    pub live: &'a Side,
+    /// What mlock holds of it, asked for only if it matters.
+    pub locked: &'a OnceCell<Vec<Span>>,
 }
 
 impl Case<'_> {
@@ -282,7 +287,7 @@ impl Case<'_> {
     /// Whether UFFDIO_MOVE may take pages out of the mapping here.
     fn can_be_flipped(&self) -> bool {
         let plain = |v: &Vma| v.read && v.write && !v.exec;
-        self.kernel.vma_at(self.page.start).is_some_and(plain) && !Side::is_locked(self.page)
+        self.kernel.vma_at(self.page.start).is_some_and(plain) && !self.locked.get_or_init(|| self.live.locked()).iter().any(|at| at.overlaps(self.page))
     }
 
     /// Whether the operation is a CPU access to some of `span`.

@@ -41,6 +41,17 @@ pub struct Held {
     pub device: usize,
 }
 
+/// usvm's state between two operations.
+#[derive(Debug, Clone, Default)]
+pub struct Look {
+    /// Where each page of the arena is.
+    pub places: Vec<Place>,
+    /// usvm's ranges.
+    pub held: Vec<Held>,
+    /// Bytes of the largest free piece of device memory.
+    pub free: u64,
+}
+
 /// Device memory of a space that the trace does not limit.
 const VRAM: u64 = 64 << 20;
 
@@ -118,52 +129,31 @@ impl Served {
 
     /// Waits until usvm has done all that the last operation asked of it.
     pub fn settle(&self) -> usvm::Result<()> {
-        self.on(|svm| {
-            svm.barrier();
-            for _ in 0..1000 {
-                if svm.settle_landings() && svm.collect_garbage().is_ok() {
-                    return Ok(());
-                }
-                std::thread::sleep(std::time::Duration::from_micros(100));
-                svm.barrier();
-            }
-            svm.collect_garbage()
-        })
+        self.on(settle)
     }
 
-    /// Where each page of the arena is.
-    pub fn places(&self) -> usvm::Result<Vec<Place>> {
+    /// Where everything is, when usvm has done all that the last operation asked of it.
+    pub fn look(&self) -> usvm::Result<Look> {
         let arena = self.arena;
+        let device = self.device();
         self.on(move |svm| {
+            settle(svm)?;
             let mut places = vec![Place::Host; arena.pages()];
+            let mut held = Vec::new();
             for range in svm.space.ranges_in(arena) {
+                let span = range.span();
                 let state = range.data.lock();
+                held.push(Held { span, device: state.moved.as_ref().map_or(0, |m| m.vram.count()) });
                 let Some(moved) = &state.moved else { continue };
                 for (mask, place) in [(&moved.vram, Place::Device), (&moved.strayed, Place::Astray)] {
                     for (first, count) in mask.runs() {
-                        let at = arena.page_index(range.span().start) + first;
+                        let at = arena.page_index(span.start) + first;
                         places[at..at + count].fill(place);
                     }
                 }
             }
-            Ok(places)
+            Ok(Look { places, held, free: device.vram_largest_free() })
         })
-    }
-
-    /// The ranges that overlap `span`.
-    pub fn ranges(&self, span: Span) -> usvm::Result<Vec<Held>> {
-        self.on(move |svm| {
-            let held = |range: &Arc<Range>| {
-                let moved = range.data.lock().moved.as_ref().map_or(0, |m| m.vram.count());
-                Held { span: range.span(), device: moved }
-            };
-            Ok(svm.space.ranges_in(span).iter().map(held).collect())
-        })
-    }
-
-    /// Bytes of the largest free piece of device memory.
-    pub fn free(&self) -> u64 {
-        self.device().vram_largest_free()
     }
 
     /// Makes the ranges of `span`, as far as there are none.
@@ -300,11 +290,11 @@ impl Served {
         })
     }
 
-    /// Which pages of the arena are present on the host.
-    pub fn present(&self) -> Vec<bool> {
-        let mut all = Vec::with_capacity(self.arena.pages());
-        for start in (self.arena.start..self.arena.end).step_by(SZ_2M as usize) {
-            let part = Span::new(start, self.arena.end.min(start + SZ_2M));
+    /// Which pages of `span` are present on the host.
+    pub fn present(&self, span: Span) -> Vec<bool> {
+        let mut all = Vec::with_capacity(span.pages());
+        for start in (span.start..span.end).step_by(SZ_2M as usize) {
+            let part = Span::new(start, span.end.min(start + SZ_2M));
             let mask = self.runtime.host().present(part);
             all.extend((0..part.pages()).map(|page| mask.get(page)));
         }
@@ -342,6 +332,19 @@ impl Drop for Served {
         // SAFETY: the scratch mapping is this value's own.
         unsafe { libc::munmap(self.scratch as *mut _, SZ_2M as usize) };
     }
+}
+
+/// Has everything read and done that the kernel has reported by now.
+fn settle(svm: &Svm) -> usvm::Result<()> {
+    svm.barrier();
+    for _ in 0..1000 {
+        if svm.settle_landings() && svm.collect_garbage().is_ok() {
+            return Ok(());
+        }
+        std::thread::sleep(std::time::Duration::from_micros(100));
+        svm.barrier();
+    }
+    svm.collect_garbage()
 }
 
 /// Brings the ranges of `span` that `which` names home and forgets them.

@@ -242,18 +242,19 @@ impl Side {
         maps.lines().filter_map(bounds).filter(|at| at.overlaps(span)).count()
     }
 
-    /// Whether mlock holds for any of `span`.
-    pub fn is_locked(span: Span) -> bool {
+    /// The mappings of the arena that mlock holds.
+    pub fn locked(&self) -> Vec<Span> {
         let smaps = std::fs::read_to_string("/proc/self/smaps").expect("/proc is mounted");
-        let mut inside = false;
+        let mut found = Vec::new();
+        let mut at = None;
         for line in smaps.lines() {
-            if let Some(at) = bounds(line) {
-                inside = at.overlaps(span);
-            } else if inside && line.starts_with("VmFlags:") && line.split(' ').any(|flag| flag == "lo") {
-                return true;
+            if let Some(span) = bounds(line) {
+                at = span.intersect(self.span);
+            } else if line.starts_with("VmFlags:") && line.split(' ').any(|flag| flag == "lo") {
+                found.extend(at);
             }
         }
-        false
+        found
     }
 }
 
