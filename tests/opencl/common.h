@@ -46,7 +46,7 @@ static void open_device(void) {
     OK(e);
 }
 
-static cl_program build(const char *source) {
+static inline cl_program build(const char *source) {
     cl_int e;
     cl_program program = clCreateProgramWithSource(context, 1, &source, NULL, &e);
     OK(e);

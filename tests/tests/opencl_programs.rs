@@ -3,7 +3,7 @@
 
 mod opencl;
 
-use opencl::{WAYS, Way, command, compile, library, root, run};
+use opencl::{WAYS, Way, command, compile, compile_with, library, root, run};
 
 /// The environment of programs whose memory is to move around their launches.
 const MOVING: [&[(&str, &str)]; 3] = [
@@ -99,6 +99,57 @@ fn the_table_of_entry_points_is_that_of_the_headers() {
     let program = compile("tests/opencl/loader.c");
     let ran = run(command(&program, Way::Off).arg(library())).well();
     assert_eq!(ran.out, "loader: verified\n");
+}
+
+#[test]
+fn what_a_device_gets_follows_from_what_its_driver_says() {
+    let driver = compile_with("tests/opencl/driver.c", &["-shared", "-fPIC", "-fvisibility=hidden"]);
+    let program = compile("tests/opencl/device.c");
+    let on = |way, settings: &[(&str, &str)]| {
+        let mut command = command(&program, way);
+        command.env("OCL_ICD_VENDORS", &driver).envs(settings.iter().copied());
+        run(&mut command).well()
+    };
+    let nothing = |svm| format!("extension: no\nsvm {svm}, usm 99 99 99 99 99\nno functions\n");
+    assert_eq!(on(Way::Off, &[("FAKE_SVM", "1")]).out, nothing(1));
+    for way in WAYS {
+        // No SVM: nothing can be provided.
+        assert_eq!(on(way, &[("FAKE_SVM", "0")]).out, nothing(0), "{way:?}");
+
+        // Coarse-grained buffers: device allocations only. The driver hears of what is reached indirectly when it changes.
+        let coarse = on(way, &[("FAKE_SVM", "1")]);
+        let expected = "extension: yes\nsvm 1, usm 0 1 0 0 0\nhost: -59\nshared: -59\n\
+            driver: 7000 bytes with flags 0x1\ndevice: 0\ndriver: launch\nindirectly, from here on\n\
+            driver: 1 pointers reached indirectly\ndriver: launch\ndriver: 100 bytes with flags 0x1\n\
+            driver: 2 pointers reached indirectly\ndriver: launch\ndriver: launch\ndriver: launch\n\
+            driver: finish a queue with 2 references\ndriver: finish a queue with 2 references\n\
+            events that nobody released: 0\n";
+        assert_eq!(coarse.out, expected, "{way:?}");
+        // 7000 alone twice, with the other 100 three times; the launch that was refused does not count.
+        assert_eq!((coarse.count("opencl_launches"), coarse.count("opencl_working_set_bytes")), (5, 35300));
+
+        // Fine-grained buffers, with and without atomics; memory of its own never migrates, the host's if it is asked for.
+        for (svm, capabilities, flags) in [("3", "5 5 5 5 0", "0x401"), ("11", "15 15 15 15 0", "0xc01")] {
+            for (unified, migrated) in [("0", 0), ("1", 5)] {
+                let asked = [("FAKE_SVM", svm), ("FAKE_UNIFIED", unified), MOVING[0][0]];
+                let fine = on(way, &asked);
+                assert!(
+                    fine.out.contains(&format!("\nsvm {svm}, usm {capabilities}\n")),
+                    "{way:?}: {}",
+                    fine.out
+                );
+                assert!(
+                    fine.out.contains(&format!("6000 bytes with flags {flags}\nshared: 0\n")),
+                    "{}",
+                    fine.out
+                );
+                assert!(fine.out.ends_with("events that nobody released: 0\n"), "{way:?}: {}", fine.out);
+                // The launch that the driver then refused had moved its data, too.
+                let moved = fine.count("opencl_launches_migrated");
+                assert_eq!(moved, migrated + u64::from(migrated > 0), "{way:?} {asked:?}: {}", fine.err);
+            }
+        }
+    }
 }
 
 #[test]
