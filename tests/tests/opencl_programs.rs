@@ -86,7 +86,10 @@ fn threads_do_not_disturb_each_other() {
     let program = compile("tests/opencl/threads.c");
     let off = run(command(&program, Way::Off).arg("-")).well();
     for way in WAYS {
-        assert_eq!(run(&mut command(&program, way)).well().out, off.out, "{way:?}");
+        let ran = run(&mut command(&program, way)).well();
+        assert_eq!(ran.out, off.out, "{way:?}");
+        assert_eq!(ran.count("opencl_launches"), 240, "{way:?}: {}", ran.err);
+        assert_eq!(ran.err.matches("opencl_launches").count(), 1, "told twice: {}", ran.err);
     }
     for asked in MOVING {
         let ran = run(command(&program, Way::Both).envs(asked.iter().copied())).well();
@@ -99,6 +102,48 @@ fn the_table_of_entry_points_is_that_of_the_headers() {
     let program = compile("tests/opencl/loader.c");
     let ran = run(command(&program, Way::Off).arg(library())).well();
     assert_eq!(ran.out, "loader: verified\n");
+}
+
+/// Constants of the layer that are not called as in C, without `CL_` and `_INTEL`.
+const RENAMED: &[(&str, &str)] = &[
+    ("ALLOC_PLACED_ON_", "MEM_ALLOC_INITIAL_PLACEMENT_"),
+    ("ALLOC_WRITE", "MEM_ALLOC_WRITE"),
+    ("DEVICE_SINGLE_SHARED", "DEVICE_SINGLE_DEVICE_SHARED"),
+    ("DEVICE_CROSS_SHARED", "DEVICE_CROSS_DEVICE_SHARED"),
+    ("MIGRATE_TO_HOST", "MIGRATE_MEM_OBJECT_HOST"),
+    ("MIGRATE_CONTENT", "MIGRATE_MEM_OBJECT_CONTENT"),
+    ("SVM_", "DEVICE_SVM_"),
+    ("USM_", "UNIFIED_SHARED_MEMORY_"),
+];
+
+#[test]
+fn constants_are_those_of_the_headers() {
+    let source = std::fs::read_to_string(root().join("ffi/preload/src/opencl/types.rs")).expect("the types");
+    let mut code = String::from("#include \"common.h\"\n#include <CL/cl_layer.h>\nint main(void) {\n");
+    let mut count = 0;
+    for line in source.lines().filter_map(|l| l.strip_prefix("pub const ")) {
+        let (name, rest) = line.split_once(": ").expect("a type");
+        let value = rest.split_once(" = ").expect("a value").1.trim_end_matches(';').replace('_', "");
+        let renamed = RENAMED.iter().find_map(|(from, to)| Some(format!("{to}{}", name.strip_prefix(from)?)));
+        let name = renamed.as_deref().unwrap_or(name);
+        let names = [format!("CL_{name}"), format!("CL_{name}_INTEL"), format!("CL_{name}_ACCESS_INTEL")];
+        for (how, name) in ["#if", "#elif", "#elif"].iter().zip(&names) {
+            code += &format!(
+                "{how} defined({name})\n_Static_assert((long long)({name}) == ({value}), \"{name}\");\n"
+            );
+        }
+        code += &format!("#else\n#error {name} is in no header\n#endif\n");
+        count += 1;
+    }
+    code += "return 0; }\n";
+    assert!(count > 70, "only {count} constants were found");
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("constants.c");
+    std::fs::write(&file, code).expect("a file");
+    compile_with(
+        file.to_str().expect("a path"),
+        &["-I", root().join("tests/opencl").to_str().expect("a path")],
+    );
 }
 
 #[test]
