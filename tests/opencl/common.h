@@ -31,12 +31,12 @@
         if (e_ != (error)) FAIL("%s gave %d, not %s", #call, e_, #error); \
     } while (0)
 
-static cl_platform_id platform;
-static cl_device_id device;
-static cl_context context;
-static cl_command_queue queue;
+__attribute__((unused)) static cl_platform_id platform;
+__attribute__((unused)) static cl_device_id device;
+__attribute__((unused)) static cl_context context;
+__attribute__((unused)) static cl_command_queue queue;
 
-static void open_device(void) {
+static inline void open_device(void) {
     cl_int e;
     OK(clGetPlatformIDs(1, &platform, NULL));
     OK(clGetDeviceIDs(platform, CL_DEVICE_TYPE_ALL, 1, &device, NULL));
@@ -46,7 +46,7 @@ static void open_device(void) {
     OK(e);
 }
 
-static cl_program build(const char *source) {
+static inline cl_program build(const char *source) {
     cl_int e;
     cl_program program = clCreateProgramWithSource(context, 1, &source, NULL, &e);
     OK(e);
@@ -59,7 +59,7 @@ static cl_program build(const char *source) {
     return program;
 }
 
-static cl_kernel kernel_of(cl_program program, const char *name) {
+static inline cl_kernel kernel_of(cl_program program, const char *name) {
     cl_int e;
     cl_kernel kernel = clCreateKernel(program, name, &e);
     OK(e);

@@ -2,6 +2,8 @@
    checked. With "-" as argument only the SVM functions are used, so that it runs without USM, too. */
 #include "common.h"
 #include <pthread.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 enum { THREADS = 4, TURNS = 60, N = 6000 };
 
@@ -84,6 +86,12 @@ int main(int argc, char **argv) {
     for (uintptr_t n = 0; n < THREADS; n++) CHECK(pthread_create(&threads[n], NULL, work, (void *)n) == 0);
     for (int n = 0; n < THREADS; n++) CHECK(pthread_join(threads[n], (void **)&sums[n]) == 0);
     for (int n = 0; n < THREADS; n++) printf("threads: %llu\n", (unsigned long long)sums[n]);
+    /* A forked child that ends has nothing to tell. */
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) exit(0);
+    int status = -1;
+    CHECK(waitpid(child, &status, 0) == child && status == 0);
     OK(clReleaseProgram(program));
     OK(clReleaseContext(context));
     puts("threads: verified");

@@ -3,7 +3,7 @@
 
 mod opencl;
 
-use opencl::{WAYS, Way, command, compile, library, root, run};
+use opencl::{WAYS, Way, command, compile, compile_with, library, root, run};
 
 /// The environment of programs whose memory is to move around their launches.
 const MOVING: [&[(&str, &str)]; 3] = [
@@ -86,7 +86,10 @@ fn threads_do_not_disturb_each_other() {
     let program = compile("tests/opencl/threads.c");
     let off = run(command(&program, Way::Off).arg("-")).well();
     for way in WAYS {
-        assert_eq!(run(&mut command(&program, way)).well().out, off.out, "{way:?}");
+        let ran = run(&mut command(&program, way)).well();
+        assert_eq!(ran.out, off.out, "{way:?}");
+        assert_eq!(ran.count("opencl_launches"), 240, "{way:?}: {}", ran.err);
+        assert_eq!(ran.err.matches("opencl_launches").count(), 1, "told twice: {}", ran.err);
     }
     for asked in MOVING {
         let ran = run(command(&program, Way::Both).envs(asked.iter().copied())).well();
@@ -99,6 +102,99 @@ fn the_table_of_entry_points_is_that_of_the_headers() {
     let program = compile("tests/opencl/loader.c");
     let ran = run(command(&program, Way::Off).arg(library())).well();
     assert_eq!(ran.out, "loader: verified\n");
+}
+
+/// Constants of the layer that are not called as in C, without `CL_` and `_INTEL`.
+const RENAMED: &[(&str, &str)] = &[
+    ("ALLOC_PLACED_ON_", "MEM_ALLOC_INITIAL_PLACEMENT_"),
+    ("ALLOC_WRITE", "MEM_ALLOC_WRITE"),
+    ("DEVICE_SINGLE_SHARED", "DEVICE_SINGLE_DEVICE_SHARED"),
+    ("DEVICE_CROSS_SHARED", "DEVICE_CROSS_DEVICE_SHARED"),
+    ("MIGRATE_TO_HOST", "MIGRATE_MEM_OBJECT_HOST"),
+    ("MIGRATE_CONTENT", "MIGRATE_MEM_OBJECT_CONTENT"),
+    ("SVM_", "DEVICE_SVM_"),
+    ("USM_", "UNIFIED_SHARED_MEMORY_"),
+];
+
+#[test]
+fn constants_are_those_of_the_headers() {
+    let source = std::fs::read_to_string(root().join("ffi/preload/src/opencl/types.rs")).expect("the types");
+    let mut code = String::from("#include \"common.h\"\n#include <CL/cl_layer.h>\nint main(void) {\n");
+    let mut count = 0;
+    for line in source.lines().filter_map(|l| l.strip_prefix("pub const ")) {
+        let (name, rest) = line.split_once(": ").expect("a type");
+        let value = rest.split_once(" = ").expect("a value").1.trim_end_matches(';').replace('_', "");
+        let renamed = RENAMED.iter().find_map(|(from, to)| Some(format!("{to}{}", name.strip_prefix(from)?)));
+        let name = renamed.as_deref().unwrap_or(name);
+        let names = [format!("CL_{name}"), format!("CL_{name}_INTEL"), format!("CL_{name}_ACCESS_INTEL")];
+        for (how, name) in ["#if", "#elif", "#elif"].iter().zip(&names) {
+            code += &format!(
+                "{how} defined({name})\n_Static_assert((long long)({name}) == ({value}), \"{name}\");\n"
+            );
+        }
+        code += &format!("#else\n#error {name} is in no header\n#endif\n");
+        count += 1;
+    }
+    code += "return 0; }\n";
+    assert!(count > 70, "only {count} constants were found");
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("constants.c");
+    std::fs::write(&file, code).expect("a file");
+    compile_with(
+        file.to_str().expect("a path"),
+        &["-I", root().join("tests/opencl").to_str().expect("a path")],
+    );
+}
+
+#[test]
+fn what_a_device_gets_follows_from_what_its_driver_says() {
+    let driver = compile_with("tests/opencl/driver.c", &["-shared", "-fPIC", "-fvisibility=hidden"]);
+    let program = compile("tests/opencl/device.c");
+    let on = |way, settings: &[(&str, &str)]| {
+        let mut command = command(&program, way);
+        command.env("OCL_ICD_VENDORS", &driver).envs(settings.iter().copied());
+        run(&mut command).well()
+    };
+    let nothing = |svm| format!("extension: no\nsvm {svm}, usm 99 99 99 99 99\nno functions\n");
+    assert_eq!(on(Way::Off, &[("FAKE_SVM", "1")]).out, nothing(1));
+    for way in WAYS {
+        // No SVM: nothing can be provided.
+        assert_eq!(on(way, &[("FAKE_SVM", "0")]).out, nothing(0), "{way:?}");
+
+        // Coarse-grained buffers: device allocations only. The driver hears of what is reached indirectly when it changes.
+        let coarse = on(way, &[("FAKE_SVM", "1")]);
+        let expected = "extension: yes\nsvm 1, usm 0 1 0 0 0\nhost: -59\nshared: -59\n\
+            driver: 7000 bytes with flags 0x1\ndevice: 0\ndriver: launch\nindirectly, from here on\n\
+            driver: 1 pointers reached indirectly\ndriver: launch\ndriver: 100 bytes with flags 0x1\n\
+            driver: 2 pointers reached indirectly\ndriver: launch\ndriver: launch\ndriver: launch\n\
+            driver: finish a queue with 2 references\ndriver: finish a queue with 2 references\n\
+            events that nobody released: 0\n";
+        assert_eq!(coarse.out, expected, "{way:?}");
+        // 7000 alone twice, with the other 100 three times; the launch that was refused does not count.
+        assert_eq!((coarse.count("opencl_launches"), coarse.count("opencl_working_set_bytes")), (5, 35300));
+
+        // Fine-grained buffers, with and without atomics; memory of its own never migrates, the host's if it is asked for.
+        for (svm, capabilities, flags) in [("3", "5 5 5 5 0", "0x401"), ("11", "15 15 15 15 0", "0xc01")] {
+            for (unified, migrated) in [("0", 0), ("1", 5)] {
+                let asked = [("FAKE_SVM", svm), ("FAKE_UNIFIED", unified), MOVING[0][0]];
+                let fine = on(way, &asked);
+                assert!(
+                    fine.out.contains(&format!("\nsvm {svm}, usm {capabilities}\n")),
+                    "{way:?}: {}",
+                    fine.out
+                );
+                assert!(
+                    fine.out.contains(&format!("6000 bytes with flags {flags}\nshared: 0\n")),
+                    "{}",
+                    fine.out
+                );
+                assert!(fine.out.ends_with("events that nobody released: 0\n"), "{way:?}: {}", fine.out);
+                // The launch that the driver then refused had moved its data, too.
+                let moved = fine.count("opencl_launches_migrated");
+                assert_eq!(moved, migrated + u64::from(migrated > 0), "{way:?} {asked:?}: {}", fine.err);
+            }
+        }
+    }
 }
 
 #[test]

@@ -37,6 +37,11 @@ fn folder() -> &'static Path {
 
 /// Compiles `source` (a path in the repository) for the system's loader.
 pub fn compile(source: &str) -> PathBuf {
+    compile_with(source, &["-lOpenCL", "-ldl", "-lpthread"])
+}
+
+/// Compiles `source` with further arguments for the compiler.
+pub fn compile_with(source: &str, arguments: &[&str]) -> PathBuf {
     let source = root().join(source);
     let name = source.file_stem().expect("a file").to_string_lossy().into_owned();
     let mine = std::thread::current().id();
@@ -45,7 +50,7 @@ pub fn compile(source: &str) -> PathBuf {
         .args(["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-O1", "-o"])
         .arg(&program)
         .arg(&source)
-        .args(["-lOpenCL", "-ldl", "-lpthread"])
+        .args(arguments)
         .status()
         .expect("a C compiler");
     assert!(compiled.success(), "{} does not compile", source.display());

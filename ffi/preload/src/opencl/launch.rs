@@ -17,6 +17,7 @@
 
 use std::ffi::c_void;
 
+use usvm::ground::addr::Span;
 use usvm::{Fence, Hint, Location, Runtime};
 
 use super::capability::{Device, info};
@@ -32,29 +33,28 @@ const STAND_IN: u32 = 0;
 
 /// A launch that is about to be queued.
 pub struct Launch {
-    moved: Option<(&'static Runtime, WorkingSet)>,
+    bytes: u64,
+    system: bool,
+    moved: Option<WorkingSet>,
     own_event: Handle,
 }
 
 impl Launch {
     /// Looks at the launch of `kernel` on `queue`, before the driver does.
     pub fn begin(driver: &Dispatch, queue: Handle, kernel: Handle) -> Self {
-        COUNTS.launches.add(1);
         let known = KERNELS.with(kernel as usize, |k| (untold(k), k.reach()));
         let (untold, (bytes, system)) = known.unwrap_or_default();
         if let Some(pointers) = untold {
             tell(driver, kernel, &pointers);
         }
-        COUNTS.working_set_bytes.add(bytes);
-        COUNTS.system_pointer_launches.add(system.into());
         let moved = stand_in(driver, queue).and_then(|runtime| {
             let set = KERNELS
                 .with(kernel as usize, |k| k.working_set())
                 .filter(|set| *set != WorkingSet::default())?;
             bring(runtime, &set);
-            Some((runtime, set))
+            Some(set)
         });
-        Self { moved, own_event: std::ptr::null_mut() }
+        Self { bytes, system, moved, own_event: std::ptr::null_mut() }
     }
 
     /// Where the driver shall put the launch's event: where the program wants it, or here if only we need it.
@@ -67,7 +67,13 @@ impl Launch {
     /// # Safety
     /// `event` is what [`Launch::event`] gave, filled by the driver if `result` is success.
     pub unsafe fn queued(self, driver: &Dispatch, result: Int, event: *const Handle) {
-        let Some((_, set)) = self.moved.filter(|_| result == SUCCESS) else { return };
+        if result != SUCCESS {
+            return;
+        }
+        COUNTS.launches.add(1);
+        COUNTS.working_set_bytes.add(self.bytes);
+        COUNTS.system_pointer_launches.add(self.system.into());
+        let Some(set) = self.moved else { return };
         // SAFETY: the driver has filled it. The set goes to the callback, which is called once, or stays ours.
         unsafe {
             let event = if event.is_null() { self.own_event } else { *event };
@@ -96,12 +102,27 @@ fn stand_in(driver: &Dispatch, queue: Handle) -> Option<&'static Runtime> {
 
 /// Brings the working set to the stand-in.
 fn bring(runtime: &Runtime, set: &WorkingSet) {
-    let blocks = set.blocks.iter().map(|b| (b.base as u64, b.size as u64));
-    let pages = set.foreign.iter().map(|p| (*p as u64, 1));
-    let to = Location::Device(STAND_IN);
-    let fences: Vec<Fence> = blocks.chain(pages).map(|(addr, len)| runtime.prefetch(addr, len, to)).collect();
+    let pages = set.foreign.iter().map(|p| Span::sized(*p as u64, 1).page_aligned());
+    let fences = send(runtime, set.blocks.iter().map(pages_of).chain(pages).collect());
     let refused = fences.iter().filter(|fence| fence.wait(None).is_err()).count();
     if refused == 0 { COUNTS.launches_migrated.add(1) } else { COUNTS.launches_refused.add(1) }
+}
+
+fn pages_of(block: &Block) -> Span {
+    Span::sized(block.base as u64, block.size as u64).page_aligned()
+}
+
+/// Sends pages to the stand-in, those that touch at once.
+fn send(runtime: &Runtime, mut spans: Vec<Span>) -> Vec<Fence> {
+    spans.sort_unstable();
+    let mut whole: Vec<Span> = Vec::new();
+    for span in spans {
+        match whole.last_mut() {
+            Some(last) if span.start <= last.end => last.end = last.end.max(span.end),
+            _ => whole.push(span),
+        }
+    }
+    whole.iter().map(|s| runtime.prefetch(s.start, s.len(), Location::Device(STAND_IN))).collect()
 }
 
 /// The launch is complete: its data goes to the stand-in again.
@@ -109,9 +130,8 @@ unsafe extern "C" fn completed(_event: Handle, _status: Int, set: *mut c_void) {
     // SAFETY: the box that `queued` gave away; the driver calls once.
     let set = unsafe { Box::from_raw(set.cast::<WorkingSet>()) };
     let Some(runtime) = settings::runtime() else { return };
-    for block in set.blocks.iter().filter(|b| BLOCKS.find(b.base) == Some(**b)) {
-        drop(runtime.prefetch(block.base as u64, block.size as u64, Location::Device(STAND_IN)));
-    }
+    let alive = set.blocks.iter().filter(|b| BLOCKS.find(b.base) == Some(**b));
+    drop(send(runtime, alive.map(pages_of).collect()));
 }
 
 /// The blocks a kernel reaches indirectly, if they changed since the driver was last told.

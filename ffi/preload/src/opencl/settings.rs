@@ -5,7 +5,7 @@
 //! stay in memory for good, and, if statistics are wanted, tell them at exit.
 
 use std::io::{self, Write};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Once, OnceLock};
 
 use usvm::ground::config::Origin;
@@ -70,10 +70,14 @@ pub fn runtime() -> Option<&'static Runtime> {
         .as_ref()
 }
 
+/// The process whose counts these are.
+static OWNER: AtomicU32 = AtomicU32::new(0);
+
 /// Called when a loader is met.
 pub fn at_first_use() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
+        OWNER.store(std::process::id(), Ordering::Release);
         stay();
         if get().show {
             at_exit(show_at_exit);
@@ -94,11 +98,13 @@ fn at_exit(f: extern "C" fn()) {
     unsafe { libc::atexit(f) };
 }
 
-/// Tells what was counted, if that is wanted, there is anything, and it was not told yet.
+/// Tells what was counted, if that is wanted, there is anything, and it was not told yet. A forked child has its parent's
+/// counts, which are not its own to tell.
 pub fn report(out: &mut impl Write) -> io::Result<()> {
     static TOLD: AtomicBool = AtomicBool::new(false);
     let text = Report.to_string();
-    if !get().show || text.is_empty() || TOLD.swap(true, Ordering::AcqRel) {
+    let foreign = OWNER.load(Ordering::Acquire) != std::process::id();
+    if foreign || !get().show || text.is_empty() || TOLD.swap(true, Ordering::AcqRel) {
         return Ok(());
     }
     out.write_all(text.as_bytes())
