@@ -262,7 +262,8 @@ fn the_library_exports_the_header_and_nothing_else() {
     assert!(dynamic.contains("soname: [libusvm.so.0]"), "{dynamic}");
     assert!(dynamic.contains("NODELETE") && !dynamic.contains("TEXTREL"), "{dynamic}");
 
-    let archive = tool(Command::new("nm").args(["--defined-only", "--extern-only"]).arg(libraries().join("libusvm.a")));
+    let archive =
+        tool(Command::new("nm").args(["--defined-only", "--extern-only"]).arg(libraries().join("libusvm.a")));
     let mut want = declared();
     want.extend(WATCHED.map(String::from));
     want.sort();
@@ -297,7 +298,7 @@ fn found_by_pkg_config() {
         assert_eq!(run(&mut staged(&program)), "basic: good\n");
         // And without the shared library.
         let mut alone = Command::new("cc");
-        alone.args(["-std=c99".as_ref(), root().join("tests/c/notify.c").as_os_str(), "-D_GNU_SOURCE".as_ref()]);
+        alone.args(["-std=c11".as_ref(), root().join("tests/c/notify.c").as_os_str()]);
         let libs = config(&["--libs", "--static"]);
         let libs = libs.iter().map(|l| if l == "-lusvm" { "-l:libusvm.a".to_owned() } else { l.clone() });
         tool(alone.args(config(&["--cflags"])).arg("-o").arg(&program).args(libs));
@@ -342,7 +343,8 @@ fn the_examples_run() {
                 continue;
             }
             let name = path.file_stem().unwrap().to_str().unwrap();
-            let program = compile(compiler, standard, &format!("examples/{language}/{name}.{extension}"), &[]);
+            let program =
+                compile(compiler, standard, &format!("examples/{language}/{name}.{extension}"), &[]);
             let said = run(&mut staged(&program));
             assert!(said.ends_with("verified\n"), "{name}: {said}");
             let readme = std::fs::read_to_string(examples.join(language).join("README.md")).unwrap();

@@ -646,9 +646,8 @@ impl Mover {
         let span = range.span();
         let bit = 1u32 << device;
         // A reader takes nothing away from work that holds the range for writing.
-        let held_writable = range.data.is_pinned()
-            && state.bound & bit != 0
-            && range.flags().contains(RangeFlags::WRITABLE);
+        let held_writable =
+            range.data.is_pinned() && state.bound & bit != 0 && range.flags().contains(RangeFlags::WRITABLE);
         let access = if held_writable { access.max(GpuAccess::Write) } else { access };
         let backing = match state.moved.as_deref_mut() {
             Some(m) if !m.strayed.is_empty() || !m.dead.is_empty() => {
