@@ -62,23 +62,41 @@ pub struct Want {
     /// A range that reaches beyond this span stays with the CPU and is reached over the link: what else lies in it must not
     /// wait for the end of the hold.
     pub within: Option<Span>,
+    /// Wait for device memory that others hold; otherwise that is [`Error::Again`].
+    pub wait: bool,
 }
 
 impl Want {
     /// A fault of a device.
     pub fn fault(access: GpuAccess) -> Self {
-        Self { access, cause: Cause::GpuAccess, bracketed: false, force: None, pin: true, within: None }
+        Self {
+            access,
+            cause: Cause::GpuAccess,
+            bracketed: false,
+            force: None,
+            pin: true,
+            within: None,
+            wait: true,
+        }
     }
 
     /// A launch that announces what it uses.
     pub fn launch(access: GpuAccess) -> Self {
-        Self { access, cause: Cause::GpuAccess, bracketed: true, force: None, pin: true, within: None }
+        Self {
+            access,
+            cause: Cause::GpuAccess,
+            bracketed: true,
+            force: None,
+            pin: true,
+            within: None,
+            wait: true,
+        }
     }
 
     /// A bracket around `span`, of which nobody knows when it ends. Atomics need device memory and take the whole range.
     pub fn bracket(access: GpuAccess, span: Span) -> Self {
         let within = (access != GpuAccess::Atomic).then_some(span);
-        Self { within, ..Self::launch(access) }
+        Self { within, wait: false, ..Self::launch(access) }
     }
 
     fn leaves(&self, range: Span) -> bool {
@@ -94,6 +112,7 @@ impl Want {
             force: Some(Placement::Migrate),
             pin: false,
             within: None,
+            wait: true,
         }
     }
 }
@@ -210,6 +229,12 @@ impl Svm {
         Ok(pinned)
     }
 
+    /// Waits until pins or device memory were given up, for a few milliseconds at most.
+    pub fn wait_for_memory(&self) {
+        let released = self.mover.released();
+        released.wait(released.generation(), Duration::from_millis(2));
+    }
+
     /// Ends the pins of [`Svm::gpu_access`].
     pub fn release(&self, pinned: &[Arc<Range>]) {
         let mut last = false;
@@ -297,6 +322,9 @@ impl Svm {
                         let needed =
                             needed + own.iter().copied().flatten().map(|r| r.span().len()).sum::<u64>();
                         return Err(Error::OutOfDeviceMemory { needed, capacity, busy });
+                    }
+                    if !want.wait {
+                        return Err(Error::Again { what: "waiting for device memory", tries: attempt });
                     }
                     self.mover.released().wait(seen, Duration::from_millis(2));
                     // Bounded by time, not by number.
