@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <usvm.h>
 
 #define CHECK(condition)                                                                                               \
@@ -64,5 +65,15 @@ static inline uint32_t flag_of(usvm_space_t space, const void *ptr, size_t len, 
     OK(usvm_range_get_attribute(space, ptr, len, attr, &value, sizeof value));
     return value;
 }
+
+#ifdef MAP_ANONYMOUS
+/* Memory far from where the kernel puts what nobody placed: what is unmapped of it stays unmapped. */
+static inline void *map_apart(size_t len) {
+    void *wanted = (void *)((uintptr_t)16 << 40);
+    void *at = mmap(wanted, len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    CHECK(at == wanted);
+    return at;
+}
+#endif
 
 #endif

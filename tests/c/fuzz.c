@@ -1,7 +1,6 @@
 /* Random arguments to every function: any answer will do, as long as there is one, and memory is as it was. */
 #define _GNU_SOURCE
 #include "check.h"
-#include <sys/mman.h>
 
 #define LEN ((size_t)256 << 10)
 
@@ -140,8 +139,7 @@ static void one(void) {
 int main(int argc, char **argv) {
     int calls = argc > 1 ? atoi(argv[1]) : 20000;
     state = argc > 2 ? strtoull(argv[2], NULL, 10) : 20261120;
-    char *area = mmap(NULL, 8 * LEN, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    CHECK(area != MAP_FAILED);
+    char *area = map_apart(8 * LEN);
     guarded = area;
     arena = area + 2 * LEN;
     memset(area, 3, 4 * LEN);

@@ -2,7 +2,6 @@
 #define _GNU_SOURCE
 #include "check.h"
 #include <errno.h>
-#include <sys/mman.h>
 
 static int wrong;
 
@@ -438,8 +437,7 @@ static void after_shutdown(void) {
 }
 
 int main(void) {
-    void *area = mmap(NULL, 64 * PAGES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    CHECK(area != MAP_FAILED);
+    void *area = map_apart(64 * PAGES);
     memory = area;
     unmapped = memory + 32 * PAGES;
     read_only = memory + 30 * PAGES;

@@ -297,11 +297,7 @@ fn found_by_pkg_config() {
         assert_eq!(run(&mut staged(&program)), "basic: good\n");
         // And without the shared library.
         let mut alone = Command::new("cc");
-        alone.args([
-            "-std=c99".as_ref(),
-            root().join("tests/c/notify.c").as_os_str(),
-            "-D_GNU_SOURCE".as_ref(),
-        ]);
+        alone.args(["-std=c11".as_ref(), root().join("tests/c/notify.c").as_os_str()]);
         let libs = config(&["--libs", "--static"]);
         let libs = libs.iter().map(|l| if l == "-lusvm" { "-l:libusvm.a".to_owned() } else { l.clone() });
         tool(alone.args(config(&["--cflags"])).arg("-o").arg(&program).args(libs));

@@ -16,16 +16,17 @@
 //! A bracket that is dropped without its end holds its memory until the runtime ends.
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use crate::ground::addr::Span;
 use crate::ground::alloc;
 use crate::ground::error::{Error, Result};
-use crate::ground::sync::Fence;
+use crate::ground::sync::{Event, Fence};
 use crate::space::mover::Range;
 use crate::space::ports::{Device, DeviceInfo};
-use crate::space::svm::{Svm, Want};
+use crate::space::svm::{PIN_PATIENCE, Svm, Want};
 
-use super::{Access, Runtime};
+use super::{Access, Inner, Runtime};
 
 /// A begun use of memory by a device.
 #[derive(Debug)]
@@ -56,20 +57,18 @@ impl Runtime {
         inner.check()?;
         alloc::internal(|| {
             check_working_set(dev.info(), accesses)?;
-            let accesses = accesses.to_vec();
-            let svm = inner.svm.clone();
+            let begun = SignalOnDrop(Event::new());
+            let fence = begun.0.fence();
             let state = Arc::new(Mutex::new(State::Beginning));
-            let begun = state.clone();
-            let fence = inner.control.submit(move || {
-                let held =
-                    hold(&svm, device, &accesses, |a| Want::bracket(a.access, Span::sized(a.addr, a.len)))?;
-                let mut state = begun.lock().unwrap_or_else(PoisonError::into_inner);
-                match *state {
-                    State::Ended => svm.release(&held),
-                    _ => *state = State::Held(held),
-                }
-                Ok(())
-            });
+            let beginning = Beginning {
+                device,
+                accesses: accesses.to_vec(),
+                state: state.clone(),
+                begun,
+                deadline: Instant::now() + PIN_PATIENCE,
+            };
+            let owner = inner.clone();
+            let _ = inner.control.submit(move || beginning.go_on(&owner));
             Ok((Bracket(state), fence))
         })
     }
@@ -88,6 +87,67 @@ impl Runtime {
     }
 }
 
+/// A bracket that has not begun yet. It never waits with memory in its hands, or two that have half of what they want
+/// would wait for each other; nor does it keep a control thread from others' requests: it lines up again.
+struct Beginning {
+    device: u32,
+    accesses: Vec<Access>,
+    state: Arc<Mutex<State>>,
+    begun: SignalOnDrop,
+    deadline: Instant,
+}
+
+/// Whatever becomes of it, whoever waits is answered.
+struct SignalOnDrop(Event);
+
+impl Drop for SignalOnDrop {
+    fn drop(&mut self) {
+        self.0.signal(Err(Error::NotRunning("it was shut down")));
+    }
+}
+
+impl Beginning {
+    /// One try, on a control thread.
+    fn go_on(self, owner: &Arc<Inner>) -> Result<()> {
+        let svm = &owner.svm;
+        let want = |a: &Access| Want::bracket(a.access, Span::sized(a.addr, a.len));
+        let outcome = match hold(svm, self.device, &self.accesses, want) {
+            Ok(held) => {
+                let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+                match *state {
+                    State::Ended => svm.release(&held),
+                    _ => *state = State::Held(held),
+                }
+                Ok(())
+            }
+            Err(Error::Again { .. }) if Instant::now() < self.deadline && !self.is_ended() => {
+                svm.wait_for_memory();
+                let again = owner.clone();
+                let _ = owner.control.submit(move || self.go_on(&again));
+                return Ok(());
+            }
+            Err(Error::Again { what: "waiting for device memory", .. }) => Err(self.too_much(owner)),
+            Err(e) => Err(e),
+        };
+        self.begun.0.signal(outcome);
+        Ok(())
+    }
+
+    fn is_ended(&self) -> bool {
+        matches!(*self.state.lock().unwrap_or_else(PoisonError::into_inner), State::Ended)
+    }
+
+    fn too_much(&self, owner: &Inner) -> Error {
+        let device = &owner.devices[self.device as usize];
+        let capacity = device.info().vram_bytes;
+        Error::OutOfDeviceMemory {
+            needed: working_set(&self.accesses),
+            capacity,
+            busy: capacity - device.vram_free_bytes(),
+        }
+    }
+}
+
 /// Refuses at once what can never be held at one time, with both sizes.
 pub(super) fn check_working_set(info: &DeviceInfo, accesses: &[Access]) -> Result<()> {
     if let Some(bad) = accesses.iter().find(|a| a.len == 0 || a.addr.checked_add(a.len).is_none()) {
@@ -96,21 +156,26 @@ pub(super) fn check_working_set(info: &DeviceInfo, accesses: &[Access]) -> Resul
             reason: format!("{:#x} + {:#x} is empty or wraps around", bad.addr, bad.len),
         });
     }
+    let needed = working_set(accesses);
+    if needed > info.vram_bytes && !info.recoverable_faults {
+        return Err(Error::OutOfDeviceMemory { needed, capacity: info.vram_bytes, busy: 0 });
+    }
+    Ok(())
+}
+
+/// Bytes of all pages of `accesses`.
+fn working_set(accesses: &[Access]) -> u64 {
     let mut spans: Vec<Span> = accesses.iter().map(|a| Span::sized(a.addr, a.len).page_aligned()).collect();
     spans.sort_unstable();
     let mut end = 0;
-    let needed: u64 = spans
+    spans
         .iter()
         .map(|s| {
             let fresh = s.end.saturating_sub(s.start.max(end));
             end = end.max(s.end);
             fresh
         })
-        .sum();
-    if needed > info.vram_bytes && !info.recoverable_faults {
-        return Err(Error::OutOfDeviceMemory { needed, capacity: info.vram_bytes, busy: 0 });
-    }
-    Ok(())
+        .sum()
 }
 
 /// Holds all of `accesses` on the device, each as `want` says, or none of them.

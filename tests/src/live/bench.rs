@@ -161,7 +161,8 @@ impl Bench {
 
     /// A device access, placed as told.
     fn access(&self, at: u64, placement: Placement, access: GpuAccess) -> Outcome<f64> {
-        let want = Want { access, cause: Cause::GpuAccess, bracketed: false, force: Some(placement), pin: false };
+        let want =
+            Want { access, cause: Cause::GpuAccess, bracketed: false, force: Some(placement), pin: false };
         self.timed(move |svm| svm.gpu_access(0, at, SZ_2M, want).map(drop))
     }
 
@@ -351,7 +352,9 @@ fn copies(baseline: &mut Baseline) -> Outcome<(String, Vec<Row>)> {
             baseline.sample();
             let begin = Instant::now();
             // SAFETY: two buffers of 2 MiB of this thread's own.
-            unsafe { copier.copy(to.as_mut_ptr().cast(), from.as_ptr().cast(), SZ_2M as usize, CopyHint::ToDevice) };
+            unsafe {
+                copier.copy(to.as_mut_ptr().cast(), from.as_ptr().cast(), SZ_2M as usize, CopyHint::ToDevice)
+            };
             samples.push(micros(begin));
         }
         rows.push(Row::new(format!("copy_{kind}"), samples.split_off(WARM)));

@@ -53,6 +53,12 @@ impl Svm {
         Ok(pinned)
     }
 
+    /// Waits until pins or device memory were given up, for a few milliseconds at most.
+    pub fn wait_for_memory(&self) {
+        let released = self.mover.released();
+        released.wait(released.generation(), Duration::from_millis(2));
+    }
+
     /// Ends the pins of [`Svm::gpu_access`].
     pub fn release(&self, pinned: &[Arc<Range>]) {
         let mut last = false;
@@ -140,6 +146,9 @@ impl Svm {
                         let needed =
                             needed + own.iter().copied().flatten().map(|r| r.span().len()).sum::<u64>();
                         return Err(Error::OutOfDeviceMemory { needed, capacity, busy });
+                    }
+                    if !want.wait {
+                        return Err(Error::Again { what: "waiting for device memory", tries: attempt });
                     }
                     self.mover.released().wait(seen, Duration::from_millis(2));
                     // Bounded by time, not by number.

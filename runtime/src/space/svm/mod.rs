@@ -66,6 +66,8 @@ pub struct Want {
     pub within: Option<Span>,
     /// New ranges are no larger than this.
     pub chunk: Option<u64>,
+    /// Wait for device memory that others hold; otherwise that is [`Error::Again`](crate::Error::Again).
+    pub wait: bool,
 }
 
 impl Want {
@@ -79,6 +81,7 @@ impl Want {
             pin: true,
             within: None,
             chunk: None,
+            wait: true,
         }
     }
 
@@ -92,13 +95,14 @@ impl Want {
             pin: true,
             within: None,
             chunk: None,
+            wait: true,
         }
     }
 
     /// A bracket around `span`, of which nobody knows when it ends. Atomics need device memory and take the whole range.
     pub fn bracket(access: GpuAccess, span: Span) -> Self {
         let within = (access != GpuAccess::Atomic).then_some(span);
-        Self { within, ..Self::launch(access) }
+        Self { within, wait: false, ..Self::launch(access) }
     }
 
     fn leaves(&self, range: Span) -> bool {
@@ -115,6 +119,7 @@ impl Want {
             pin: false,
             within: None,
             chunk: None,
+            wait: true,
         }
     }
 }
