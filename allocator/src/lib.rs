@@ -28,6 +28,7 @@
 #![allow(unsafe_code)]
 
 mod class;
+mod deferred;
 mod functions;
 mod large;
 mod local;
@@ -56,12 +57,16 @@ unsafe impl GlobalAlloc for Heap {
 
     #[inline]
     unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
+        if usvm::ground::alloc::is_service_thread() {
+            return deferred::put(block, layout);
+        }
         // SAFETY: the caller's contract.
         unsafe { functions::dealloc(block, layout.size(), layout.align()) }
     }
 
     #[inline]
     unsafe fn realloc(&self, block: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
+        // A thread of usvm never comes here: what it resizes is moved to usvm's own memory.
         // SAFETY: the caller's contract.
         unsafe { functions::resize(block, new_size, layout.align()) }
     }

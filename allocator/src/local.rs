@@ -29,6 +29,7 @@ use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, Ordering};
 
 use crate::class::{self, CLASSES, LARGEST};
+use crate::deferred;
 use crate::large::{self, Arena};
 use crate::slab::{self, Place, Slab};
 
@@ -137,6 +138,7 @@ pub(crate) unsafe fn block_size(block: *const u8) -> Option<usize> {
 #[cold]
 #[inline(never)]
 fn alloc_slowly(class: usize) -> *mut u8 {
+    deferred::free_all();
     let heap = own();
     if heap.is_null() {
         return without_slab(None, class);
@@ -156,6 +158,7 @@ fn without_slab(arena: Option<Arena>, class: usize) -> *mut u8 {
 
 /// The arena for this thread's large blocks.
 pub(crate) fn arena() -> Option<Arena> {
+    deferred::free_all();
     let heap = own();
     // SAFETY: heaps live forever, and this field is written before the heap is published.
     if heap.is_null() { None } else { unsafe { (*heap).arena } }

@@ -31,32 +31,50 @@ const SMALLEST: usize = 64 << 20;
 const SMALL_PAGES: usize = 32 << 20;
 
 struct Reservation {
-    base: AtomicUsize,
-    end: AtomicUsize,
-    next: AtomicUsize,
+    /// Where it begins, a multiple of [`SPAN`], and in the low bits the logarithm of its size; 0 before there is one.
+    place: AtomicUsize,
+    /// Bytes given out.
+    used: AtomicUsize,
 }
 
-static RESERVATIONS: [Reservation; MOST] = [const {
-    Reservation { base: AtomicUsize::new(0), end: AtomicUsize::new(0), next: AtomicUsize::new(0) }
-}; MOST];
+static RESERVATIONS: [Reservation; MOST] =
+    [const { Reservation { place: AtomicUsize::new(0), used: AtomicUsize::new(0) } }; MOST];
+
+impl Reservation {
+    /// Begin and length.
+    #[inline]
+    fn get(&self) -> Option<(usize, usize)> {
+        match self.place.load(Ordering::Acquire) {
+            0 => None,
+            place => Some((place & !(SPAN - 1), 1 << (place & (SPAN - 1)))),
+        }
+    }
+
+    fn cut(&self, size: usize, align: usize) -> Option<usize> {
+        let (base, len) = self.get()?;
+        let mut used = self.used.load(Ordering::Relaxed);
+        loop {
+            let at = (base + used).checked_next_multiple_of(align)?;
+            let after = at.checked_add(size).filter(|after| *after <= base + len)? - base;
+            match self.used.compare_exchange_weak(used, after, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => return Some(at),
+                Err(now) => used = now,
+            }
+        }
+    }
+}
 
 /// Whether `at` lies in memory that was, or may yet be, given out here.
 #[inline]
 pub(crate) fn owns(at: usize) -> bool {
-    RESERVATIONS
-        .iter()
-        .map_while(|r| match r.base.load(Ordering::Acquire) {
-            0 => None,
-            base => Some(at >= base && at < r.end.load(Ordering::Relaxed)),
-        })
-        .any(|inside| inside)
+    RESERVATIONS.iter().map_while(Reservation::get).any(|(base, len)| at.wrapping_sub(base) < len)
 }
 
 /// Opens `size` bytes at a multiple of `align` (both powers or multiples of [`SPAN`]); `None` when there is no room.
 pub(crate) fn take(size: usize, align: usize) -> Option<*mut u8> {
     let size = size.checked_next_multiple_of(SPAN)?;
     for (index, reservation) in RESERVATIONS.iter().enumerate() {
-        if reservation.base.load(Ordering::Acquire) == 0 && !reserve(index, size.checked_add(align)?) {
+        if reservation.get().is_none() && !reserve(index, size.checked_add(align)?) {
             return None;
         }
         if let Some(at) = reservation.cut(size, align.max(SPAN)) {
@@ -68,9 +86,7 @@ pub(crate) fn take(size: usize, align: usize) -> Option<*mut u8> {
 
 /// The first reservation's begin and length.
 pub(crate) fn first() -> Option<(usize, usize)> {
-    let first = RESERVATIONS.first()?;
-    let base = first.base.load(Ordering::Acquire);
-    (base != 0).then(|| (base, first.end.load(Ordering::Relaxed) - base))
+    RESERVATIONS.first()?.get()
 }
 
 /// Whether `at`, in the first reservation or any other, is where small pages are.
@@ -92,21 +108,6 @@ pub(crate) unsafe fn prefer_huge_pages(at: *mut u8, size: usize) {
 /// Zeroed memory of its own, apart from all user memory, that costs nothing until it is written.
 pub(crate) fn zeroed(size: usize) -> Option<*mut u8> {
     map(size, libc::PROT_READ | libc::PROT_WRITE)
-}
-
-impl Reservation {
-    fn cut(&self, size: usize, align: usize) -> Option<usize> {
-        let end = self.end.load(Ordering::Relaxed);
-        let mut next = self.next.load(Ordering::Relaxed);
-        loop {
-            let at = next.checked_next_multiple_of(align)?;
-            let after = at.checked_add(size).filter(|after| *after <= end)?;
-            match self.next.compare_exchange_weak(next, after, Ordering::Relaxed, Ordering::Relaxed) {
-                Ok(_) => return Some(at),
-                Err(now) => next = now,
-            }
-        }
-    }
 }
 
 /// Makes the span usable.
@@ -133,24 +134,20 @@ fn reserve(index: usize, least: usize) -> bool {
     while size >= SMALLEST.max(least) {
         if let Some(at) = map(size + SPAN, libc::PROT_NONE) {
             let at = at.expose_provenance();
-            let base = at.next_multiple_of(SPAN);
-            // Another thread may have been faster: then this piece of address space is given back. Bounds are written
-            // by the winner of the exchange on `next` only, and become visible with `base`.
-            if entry.next.compare_exchange(0, base, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
-                entry.end.store(base + size, Ordering::Relaxed);
-                entry.base.store(base, Ordering::Release);
-                return true;
-            }
-            // SAFETY: mapped above; nobody has seen it.
-            unsafe { libc::munmap(ptr::with_exposed_provenance_mut(at), size + SPAN) };
-            while entry.base.load(Ordering::Acquire) == 0 {
-                std::hint::spin_loop();
+            // Something without access stays in front, so that no mapping of others becomes one with ours: usvm
+            // registers whole mappings.
+            let base = (at + 1).next_multiple_of(SPAN);
+            let place = base | size.trailing_zeros() as usize;
+            if entry.place.compare_exchange(0, place, Ordering::AcqRel, Ordering::Acquire).is_err() {
+                // Another thread was faster.
+                // SAFETY: mapped above; nobody has seen it.
+                unsafe { libc::munmap(ptr::with_exposed_provenance_mut(at), size + SPAN) };
             }
             return true;
         }
         size /= 4;
     }
-    entry.base.load(Ordering::Acquire) != 0
+    entry.get().is_some()
 }
 
 /// Address space of its own. Leaves the program at least three quarters of what RLIMIT_AS allows.
