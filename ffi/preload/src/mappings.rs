@@ -63,22 +63,10 @@ fn parse(line: &str) -> Option<Mapping> {
     Some(Mapping { start: hex(start)?, end: hex(end)?, kind })
 }
 
-/// The pieces of `[start, end)`, if they have no gap and are alike, as pieces of one anonymous mapping are.
-fn pieces(start: usize, end: usize) -> Option<Vec<(usize, usize)>> {
-    let mut found: Vec<(usize, usize)> = Vec::new();
-    let mut kind = None;
-    for mapping in mappings().into_iter().filter(|m| m.start < end && m.end > start) {
-        let (from, to) = (mapping.start.max(start), mapping.end.min(end));
-        let expected = found.last().map_or(start, |(_, to)| *to);
-        if from != expected
-            || !mapping.kind.ends_with(" 00000000 00:00 0")
-            || *kind.get_or_insert(mapping.kind.clone()) != mapping.kind
-        {
-            return None;
-        }
-        found.push((from, to));
-    }
-    (found.len() > 1 && found.last().is_some_and(|(_, to)| *to == end)).then_some(found)
+/// The mapping that holds `at`, if it is anonymous.
+fn holding(at: usize) -> Option<Mapping> {
+    let found = mappings().into_iter().find(|m| m.start <= at && m.end > at)?;
+    found.kind.ends_with(" 00000000 00:00 0").then_some(found)
 }
 
 /// mremap(2).
@@ -90,11 +78,20 @@ pub unsafe extern "C" fn mremap(
     flags: c_int,
     new: *mut c_void,
 ) -> *mut c_void {
+    let ours = start::is_owner();
+    // Linux 6.17 moves several mappings to a fixed place, but only up to the first that userfaultfd watches: never as a
+    // whole.
+    if ours && flags & libc::MREMAP_FIXED != 0 && old.addr().abs_diff(new.addr()) >= old_len.max(new_len) {
+        // SAFETY: the caller's.
+        if let Ok(moved) = alloc::internal(|| unsafe { by_pieces(old, old_len, new_len, flags, new) }) {
+            return moved;
+        }
+    }
     // SAFETY: the caller's.
     let moved = unsafe { MREMAP.get()(old, old_len, new_len, flags, new) };
     // SAFETY: the calling thread's own errno.
     let errno = unsafe { *libc::__errno_location() };
-    if moved != libc::MAP_FAILED || errno != libc::EFAULT || !start::is_owner() {
+    if moved != libc::MAP_FAILED || errno != libc::EFAULT || !ours {
         return moved;
     }
     // SAFETY: the caller's; the kernel refused it as a whole.
@@ -111,6 +108,45 @@ fn last_errno() -> c_int {
     unsafe { *libc::__errno_location() }
 }
 
+/// How often a piece is looked up anew because it was divided or joined meanwhile.
+const TRIES: u32 = 1000;
+
+/// Calls mremap on `[from, to)`, of which only a first piece may be one mapping; `of` says how large that piece shall be
+/// and where it goes, given its end. Gives the piece's end and its new place.
+///
+/// # Safety
+/// As mremap for what `of` says.
+unsafe fn one_piece(
+    from: usize,
+    to: usize,
+    of: impl Fn(usize) -> (usize, c_int, usize),
+) -> Result<(usize, *mut c_void), c_int> {
+    for _ in 0..TRIES {
+        let end = holding(from).ok_or(libc::EFAULT)?.end.min(to);
+        let (len, flags, target) = of(end);
+        let (piece, target) =
+            (std::ptr::with_exposed_provenance_mut(from), std::ptr::with_exposed_provenance_mut(target));
+        // SAFETY: the caller's.
+        let moved = unsafe { MREMAP.get()(piece, end - from, len, flags, target) };
+        if moved != libc::MAP_FAILED {
+            return Ok((end, moved));
+        }
+        if last_errno() != libc::EFAULT {
+            return Err(last_errno());
+        }
+        // It was divided just now, and what came before the division may have moved.
+        let next = mappings()
+            .into_iter()
+            .filter(|m| m.end > from)
+            .map(|m| m.start.max(from))
+            .find(|at| (from..end).contains(at));
+        if next != Some(from) && flags & libc::MREMAP_FIXED != 0 && len == end - from {
+            return Ok((next.unwrap_or(end), target));
+        }
+    }
+    Err(libc::EFAULT)
+}
+
 /// # Safety
 /// As mremap.
 unsafe fn by_pieces(
@@ -120,55 +156,71 @@ unsafe fn by_pieces(
     flags: c_int,
     new: *mut c_void,
 ) -> Result<*mut c_void, c_int> {
-    let real = MREMAP.get();
-    let old_len = old_len.next_multiple_of(PAGE);
     let new_len = new_len.next_multiple_of(PAGE);
-    let start = old.addr();
-    let plain = flags & !(libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) == 0;
-    let pieces = pieces(start, start + old_len).filter(|_| plain && old_len > 0).ok_or(libc::EFAULT)?;
-    let (last_start, last_end) = pieces[pieces.len() - 1];
-    if new_len >= old_len && flags & libc::MREMAP_FIXED == 0 {
-        let last_len = last_end - last_start;
-        // SAFETY: the last piece grows where it is, or nothing happens.
-        let grown = unsafe {
-            real(old.with_addr(last_start), last_len, last_len + new_len - old_len, 0, std::ptr::null_mut())
-        };
-        if grown != libc::MAP_FAILED {
-            return Ok(old);
-        }
-        if flags & libc::MREMAP_MAYMOVE == 0 {
-            return Err(last_errno());
+    let whole = old_len.next_multiple_of(PAGE);
+    let old_len = whole.min(new_len);
+    let (start, end) = (old.expose_provenance(), old.addr() + old_len);
+    let fixed = flags & libc::MREMAP_FIXED != 0;
+    if flags & !(libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) != 0 || !is_alike(start, end) {
+        return Err(libc::EFAULT);
+    }
+    if whole > old_len {
+        // SAFETY: what the program gives up.
+        unsafe { libc::munmap(old.with_addr(end), whole - old_len) };
+    }
+    let added = new_len - old_len;
+    if !fixed {
+        // The last piece grows where it is, or nothing happens.
+        let grown = last_piece(end).ok_or(libc::EFAULT).and_then(|last| {
+            // SAFETY: a piece of the program's.
+            unsafe {
+                one_piece(last.max(start), end, |to| {
+                    (to - last.max(start) + if to == end { added } else { 0 }, 0, 0)
+                })
+            }
+        });
+        match grown {
+            Ok((to, _)) if to == end => return Ok(old),
+            Err(errno) if flags & libc::MREMAP_MAYMOVE == 0 => return Err(errno),
+            _ => {}
         }
     }
-    let target = if flags & libc::MREMAP_FIXED != 0 {
-        new
-    } else {
-        let (none, private) =
-            (libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
-        // SAFETY: a place of the kernel's choice.
-        let place = unsafe { libc::mmap(std::ptr::null_mut(), new_len, none, private, -1, 0) };
-        if place == libc::MAP_FAILED {
-            return Err(last_errno());
-        }
-        place
-    };
-    for (from, to) in pieces {
-        let offset = from - start;
-        if offset >= new_len {
-            // SAFETY: what the program gives up by shrinking.
-            unsafe { libc::munmap(old.with_addr(from), to - from) };
-            continue;
-        }
-        // The last piece that stays takes what is added or cut off.
-        let whole = to - from;
-        let len = if to == start + old_len { new_len - offset } else { whole.min(new_len - offset) };
-        let (how, at) = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, target.with_addr(target.addr() + offset));
+    let target = if fixed { new } else { reserve(new_len)? };
+    let to_target = target.expose_provenance();
+    let mut at = start;
+    while at < end {
+        let (from, how) = (at, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED);
+        let of = |to: usize| (to - from + if to == end { added } else { 0 }, how, to_target + (from - start));
         // SAFETY: a piece of what the program moves, to its part of the target.
-        if unsafe { real(old.with_addr(from), whole, len, how, at) } == libc::MAP_FAILED {
-            return Err(last_errno());
-        }
+        at = unsafe { one_piece(from, end, of) }?.0;
     }
     Ok(target)
+}
+
+/// Address space of the kernel's choice.
+fn reserve(len: usize) -> Result<*mut c_void, c_int> {
+    let (none, private) = (libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
+    // SAFETY: a new mapping touches no other.
+    let place = unsafe { libc::mmap(std::ptr::null_mut(), len, none, private, -1, 0) };
+    if place == libc::MAP_FAILED { Err(last_errno()) } else { Ok(place) }
+}
+
+/// Where the mapping that holds the byte before `end` begins.
+fn last_piece(end: usize) -> Option<usize> {
+    Some(holding(end - 1)?.start)
+}
+
+/// Whether `[start, end)` has no gap and its mappings are alike, as pieces of one anonymous mapping are.
+fn is_alike(start: usize, end: usize) -> bool {
+    let (mut at, mut kind) = (start, None);
+    for mapping in mappings().into_iter().filter(|m| m.start < end && m.end > start) {
+        let alike = *kind.get_or_insert_with(|| mapping.kind.clone()) == mapping.kind;
+        if mapping.start > at || !alike || !mapping.kind.ends_with(" 00000000 00:00 0") {
+            return false;
+        }
+        at = mapping.end;
+    }
+    at >= end && end > start
 }
 
 /// pthread_getattr_np(3).

@@ -86,6 +86,7 @@ unsafe extern "C" fn construct(_: c_int, _: *const *const c_char, environment: *
     threads::look_up();
     exits::look_up();
     mappings::look_up();
+    threads::count_first();
     threads::note_current();
     // SAFETY: both ask who is running.
     if unsafe { libc::gettid() == libc::getpid() } {
@@ -179,7 +180,7 @@ fn started(runtime: &Runtime) {
 }
 
 fn start_chaos() {
-    if ENDING.load(Ordering::Relaxed) {
+    if ENDING.load(Ordering::Relaxed) || threads::all_ended() {
         return;
     }
     let failed = match is_forbidden() {

@@ -1,10 +1,14 @@
-//! The control blocks of the program's threads stay on the host.
+//! The control blocks of the program's threads stay on the host, and the process ends with the last of them.
 //!
 //! # Overview
 //! When a thread has ended, the kernel writes zero where CLONE_CHILD_CLEARTID says and reads the list of robust locks,
 //! both in the thread's control block. It serves no userfaultfd fault then: were that page away, pthread_join would wait
 //! for ever. So every thread tells where its block is when it begins, and the runtime, or the next one that starts, keeps
 //! these pages home ([`usvm::Runtime::keep_home`]).
+//!
+//! A process whose main thread left by pthread_exit ends when its last thread does. usvm's threads would keep it alive:
+//! so the program's are counted, and the last one, when its own destructors have run, calls `exit(0)` as the C library
+//! does.
 //!
 //! # Locking
 //! None: [`TABLE`] is atomics. A new thread of a program with a running runtime waits for one request to it, unless its
@@ -19,7 +23,7 @@
 //! block of malloc, which the new thread takes over.
 
 use std::ffi::{c_int, c_void};
-use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 use usvm::Runtime;
 use usvm::ground::alloc;
@@ -55,6 +59,48 @@ static TABLE: [Place; BLOCKS] =
 /// Number of the running runtime, 0 for none; each has its own.
 static RUNNING: AtomicU32 = AtomicU32::new(0);
 static STARTED: AtomicU32 = AtomicU32::new(0);
+
+/// Threads of the program that live.
+static LIVING: AtomicUsize = AtomicUsize::new(0);
+/// The key whose destructor tells that a thread ends, plus one; 0 for none.
+static KEY: AtomicU32 = AtomicU32::new(0);
+
+/// Rounds of destructors that the C library makes (PTHREAD_DESTRUCTOR_ITERATIONS).
+const ROUNDS: usize = 4;
+
+/// Counts the process's first thread.
+pub(crate) fn count_first() {
+    let mut key = 0;
+    // SAFETY: a destructor that is never unloaded.
+    if unsafe { libc::pthread_key_create(&mut key, Some(ending)) } == 0 {
+        KEY.store(key + 1, Ordering::Relaxed);
+        LIVING.store(1, Ordering::Relaxed);
+        tell_my_end(1);
+    }
+}
+
+/// Whether no thread of the program lives any more.
+pub(crate) fn all_ended() -> bool {
+    KEY.load(Ordering::Relaxed) != 0 && LIVING.load(Ordering::Acquire) == 0
+}
+
+fn tell_my_end(round: usize) {
+    if let Some(key) = KEY.load(Ordering::Relaxed).checked_sub(1) {
+        // SAFETY: our own key; the value is a number.
+        unsafe { libc::pthread_setspecific(key, std::ptr::without_provenance(round)) };
+    }
+}
+
+/// A thread ends. In the last round, after the program's destructors, it counts.
+unsafe extern "C" fn ending(round: *mut c_void) {
+    if round.addr() < ROUNDS {
+        return tell_my_end(round.addr() + 1);
+    }
+    if LIVING.fetch_sub(1, Ordering::AcqRel) == 1 && start::is_owner() {
+        // SAFETY: what the C library does when the last thread has ended.
+        unsafe { libc::exit(0) };
+    }
+}
 
 pub(crate) fn look_up() {
     CREATE.look_up();
@@ -120,6 +166,8 @@ pub(crate) fn forget_in_child() {
         place.block.store(0, Ordering::Relaxed);
         place.kept_by.store(0, Ordering::Relaxed);
     }
+    LIVING.store(1, Ordering::Relaxed);
+    tell_my_end(1);
     note_current();
 }
 
@@ -180,6 +228,7 @@ impl Start {
 unsafe extern "C-unwind" fn begin(start: *mut c_void) -> *mut c_void {
     // SAFETY: made by `pthread_create` below for this thread; the first word is its function of this type.
     let (begin, arg) = unsafe { Start::take(start.cast()) };
+    tell_my_end(1);
     note_current();
     // SAFETY: the function that the program gave, with its argument.
     unsafe { std::mem::transmute::<*mut c_void, Begin>(begin)(arg) }
@@ -189,6 +238,7 @@ unsafe extern "C-unwind" fn begin(start: *mut c_void) -> *mut c_void {
 unsafe extern "C-unwind" fn thrd_begin(start: *mut c_void) -> c_int {
     // SAFETY: as in `begin`.
     let (begin, arg) = unsafe { Start::take(start.cast()) };
+    tell_my_end(1);
     note_current();
     // SAFETY: as in `begin`.
     unsafe { std::mem::transmute::<*mut c_void, ThrdBegin>(begin)(arg) }
@@ -208,11 +258,14 @@ pub unsafe extern "C" fn pthread_create(
         // SAFETY: the caller's.
         return unsafe { real(thread, attr, function, arg) };
     };
+    // Before it begins: the creating thread may end first.
+    LIVING.fetch_add(1, Ordering::Relaxed);
     // SAFETY: as the caller asked, with another beginning that goes on to his.
     let failed = unsafe { real(thread, attr, begin, start.cast_mut().cast()) };
     if failed != 0 {
         // SAFETY: no thread came to take it.
         unsafe { Start::take(start) };
+        LIVING.fetch_sub(1, Ordering::Relaxed);
     }
     failed
 }
@@ -229,11 +282,13 @@ pub unsafe extern "C" fn thrd_create(
         // SAFETY: the caller's.
         return unsafe { real(thread, function, arg) };
     };
+    LIVING.fetch_add(1, Ordering::Relaxed);
     // SAFETY: as in `pthread_create`.
     let result = unsafe { real(thread, thrd_begin, start.cast_mut().cast()) };
     if result != 0 {
         // SAFETY: no thread came to take it.
         unsafe { Start::take(start) };
+        LIVING.fetch_sub(1, Ordering::Relaxed);
     }
     result
 }
