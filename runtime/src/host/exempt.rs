@@ -91,9 +91,19 @@ pub fn exempt_own_objects() -> Vec<Span> {
     let mine = exempt_own_objects as *const () as u64;
     let ours = |object: &Object| {
         object.code.iter().any(|s| s.contains(mine))
-            || ["libusvm", "libc.so", "libc-", "ld-linux", "ld-2", "ld.so", "libpthread", "libgcc_s", "libm.so"]
-                .iter()
-                .any(|n| object.file.starts_with(n))
+            || [
+                "libusvm",
+                "libc.so",
+                "libc-",
+                "ld-linux",
+                "ld-2",
+                "ld.so",
+                "libpthread",
+                "libgcc_s",
+                "libm.so",
+            ]
+            .iter()
+            .any(|n| object.file.starts_with(n))
     };
     let mut spans = Vec::new();
     for object in objects().iter().filter(|o| ours(o)) {

@@ -161,8 +161,7 @@ impl Bench {
 
     /// A device access, placed as told.
     fn access(&self, at: u64, placement: Placement, access: GpuAccess) -> Outcome<f64> {
-        let want =
-            Want { access, cause: Cause::GpuAccess, bracketed: false, force: Some(placement), pin: false };
+        let want = Want { force: Some(placement), pin: false, ..Want::fault(access) };
         self.timed(move |svm| svm.gpu_access(0, at, SZ_2M, want).map(drop))
     }
 
