@@ -16,6 +16,8 @@
 //! The functions have C's and C++'s contracts, which their callers keep. No function here allocates on its way, so none is
 //! entered again from itself.
 #![allow(unsafe_code)]
+// Said once above, for all of them.
+#![allow(clippy::missing_safety_doc)]
 
 mod operators;
 #[cfg(target_arch = "x86_64")]
