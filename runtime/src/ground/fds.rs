@@ -10,7 +10,7 @@
 //!
 //! # Limits
 //! The table has [`PLACES`] places; a descriptor beyond them works and is not protected. A forked child closes what is
-//! in the table, see [`close_all_in_child`].
+//! in the table, see `close_all_in_child`.
 //!
 //! # Safety
 //! Closes descriptors by number in a forked child, where nobody uses their owners any more.
