@@ -189,7 +189,7 @@ fn check(m: Maths, a: &Whole, q: &Whole, number: &Whole, step: usize) {
     let left = m.rem(square, number);
     let copy = m.copy(q);
     let mut right = m.rem(copy, number);
-    if step % 2 == 0 {
+    if step.is_multiple_of(2) {
         let negative = m.sub(number, &right);
         m.free(std::mem::replace(&mut right, negative));
     }
