@@ -5,8 +5,8 @@
 //! blocks are listed, full ones are in no list, empty ones are kept as spare for any class, or given back. Taking and freeing
 //! a block of one's own is a few plain loads and stores.
 //!
-//! A thread that frees a block of another heap adds it to a list at the block's slab; the first to do so since the owner looked
-//! puts the slab into the owner's *mail*. The owner reads its mail when it would need new memory.
+//! A thread that frees blocks of another heap chains up to 32 of one slab and then adds them to a list at the slab; the first to
+//! do so since the owner looked puts the slab into the owner's *mail*. The owner reads its mail when it would need new memory.
 //!
 //! When a thread ends, its heap stays, with what is still live, for a thread that begins later. Mail for a heap without a
 //! thread is read by the thread that sent it, so that memory of ended threads is returned as well.
@@ -31,10 +31,13 @@ use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, Ordering};
 use crate::class::{self, CLASSES, LARGEST};
 use crate::deferred;
 use crate::large::{self, Arena};
-use crate::slab::{self, Place, Slab};
+use crate::slab::{self, Chain, Place, Slab};
 
 /// Empty slabs that a heap keeps.
 const SPARES: usize = 16;
+
+/// Blocks of another heap's slab that are handed over together at most.
+const CHAIN: u16 = 32;
 
 /// Nobody uses the heap.
 const IDLE: u8 = 0;
@@ -47,6 +50,8 @@ pub(crate) struct Heap {
     listed: [*mut Slab; CLASSES],
     spares: [*mut Slab; SPARES],
     spare_count: usize,
+    /// What the thread freed of another heap and has not handed over yet.
+    leaving: Chain,
     mail: AtomicPtr<Slab>,
     state: AtomicU8,
     /// Where its memory comes from; `None` if there can be none.
@@ -78,6 +83,7 @@ impl Heap {
             listed: [ptr::null_mut(); CLASSES],
             spares: [ptr::null_mut(); SPARES],
             spare_count: 0,
+            leaving: Chain::NONE,
             mail: AtomicPtr::new(ptr::null_mut()),
             state: AtomicU8::new(OWNED),
             arena: None,
@@ -117,10 +123,53 @@ pub(crate) unsafe fn free(block: *mut u8) -> bool {
         if owner.is_null() {
             return false;
         }
-        if Slab::free_remotely(slab, granules) {
-            send(owner, slab);
-        }
+        free_elsewhere(slab, granules);
         true
+    }
+}
+
+/// Frees a block of another heap: adds it to this heap's chain, which is handed over when it is long or another slab's turn.
+#[inline(never)]
+unsafe fn free_elsewhere(slab: *mut Slab, granules: u16) {
+    let heap = own();
+    // SAFETY: the heap is this thread's; the block is the caller's.
+    unsafe {
+        if heap.is_null() {
+            hand_over(Slab::chain(slab, granules, Chain::NONE));
+            return;
+        }
+        let before = (*heap).leaving;
+        if before.slab == slab && before.len < CHAIN {
+            (*heap).leaving = Slab::chain(slab, granules, before);
+            return;
+        }
+        (*heap).leaving = Slab::chain(slab, granules, Chain::NONE);
+        if before.len > 0 {
+            hand_over(before);
+        }
+    }
+}
+
+/// Gives a chain, with a block at least, to its slab's owner.
+unsafe fn hand_over(chain: Chain) {
+    // SAFETY: the owner stays the same until it has the chain's blocks, and heaps live forever.
+    unsafe {
+        let owner = Slab::owner(chain.slab);
+        if Slab::hand_over(chain) {
+            send(owner, chain.slab);
+        }
+    }
+}
+
+/// Hands over what this heap's thread freed of others.
+unsafe fn flush(heap: *mut Heap) {
+    // SAFETY: the caller owns the heap.
+    unsafe {
+        let chain = (*heap).leaving;
+        (*heap).leaving = Chain::NONE;
+        if chain.len > 0 {
+            hand_over(chain);
+        }
     }
 }
 
@@ -226,7 +275,7 @@ unsafe fn fresh(heap: *mut Heap, class: usize) -> *mut Slab {
 unsafe fn settle(heap: *mut Heap, slab: *mut Slab) {
     // SAFETY: the caller owns the heap and the slab.
     unsafe {
-        match (*slab).place {
+        match Slab::place(slab) {
             Place::Current | Place::Nowhere => return,
             Place::Full => list(heap, slab),
             Place::Listed => {}
@@ -242,10 +291,11 @@ unsafe fn list(heap: *mut Heap, slab: *mut Slab) {
     // SAFETY: the caller owns the heap and the slab, which is in no list.
     unsafe {
         let head = &mut (*heap).listed[Slab::class(slab)];
-        (*slab).previous = ptr::null_mut();
-        (*slab).next = *head;
+        let (previous, next) = Slab::neighbours(slab);
+        *previous = ptr::null_mut();
+        *next = *head;
         if !head.is_null() {
-            (**head).previous = slab;
+            *Slab::neighbours(*head).0 = slab;
         }
         *head = slab;
         Slab::put(slab, Place::Listed);
@@ -255,14 +305,15 @@ unsafe fn list(heap: *mut Heap, slab: *mut Slab) {
 unsafe fn unlist(heap: *mut Heap, slab: *mut Slab) {
     // SAFETY: the caller owns the heap and the slab, which is in its class's list.
     unsafe {
-        let (previous, next) = ((*slab).previous, (*slab).next);
+        let (previous, next) = Slab::neighbours(slab);
+        let (previous, next) = (*previous, *next);
         if previous.is_null() {
             (*heap).listed[Slab::class(slab)] = next;
         } else {
-            (*previous).next = next;
+            *Slab::neighbours(previous).1 = next;
         }
         if !next.is_null() {
-            (*next).previous = previous;
+            *Slab::neighbours(next).0 = previous;
         }
     }
 }
@@ -366,6 +417,7 @@ pub(crate) fn trim() {
     unsafe {
         while !heap.is_null() {
             if heap == own {
+                flush(heap);
                 read_mail(heap);
                 give_back(heap);
             } else if claim(heap) {
@@ -444,7 +496,10 @@ fn tell_at_the_end(heap: *mut Heap) {
 unsafe extern "C" fn thread_ends(heap: *mut c_void) {
     HEAP.set((&raw const NOBODY.0).cast_mut());
     // SAFETY: the heap was this thread's until now.
-    unsafe { leave(heap.cast()) }
+    unsafe {
+        flush(heap.cast());
+        leave(heap.cast());
+    }
 }
 
 const _: () = assert!(LARGEST <= slab::SLAB / 2);
@@ -479,6 +534,8 @@ mod tests {
     #[test]
     fn a_heap_of_an_ended_thread_takes_frees() {
         let _turn = TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        // So that this thread does not take the ended one's heap over.
+        assert!(!own().is_null());
         let blocks: Vec<usize> =
             std::thread::spawn(|| (0..3000).map(|_| alloc(1000).expose_provenance()).collect())
                 .join()
@@ -496,6 +553,9 @@ mod tests {
             // SAFETY: live, freed once, by a thread that did not make them.
             unsafe { assert!(free(ptr::with_exposed_provenance_mut(*block))) };
         }
+        // The last chain is handed over when the thread does something else.
+        // SAFETY: this thread's heap.
+        unsafe { flush(own()) };
         assert_eq!(slabs(), 0, "empty slabs of a heap without a thread are given back at once");
     }
 }

@@ -8,9 +8,9 @@
 //! # Locking
 //! | part of a record | who may use it |
 //! |---|---|
-//! | everything but `remote`, the links and `mail_next` | the heap that owns the slab |
-//! | `heap`, `base`, `stack`, `class`, `room` for reading | whoever frees a block of the slab: they stay as they are while it has live blocks |
-//! | `remote`, the links, `mail_next` | any thread, as told at [`Slab::free_remotely`] |
+//! | `own` | the heap that owns the slab |
+//! | `heap`, `links`, `class`, for reading | whoever frees a block of the slab: they stay as they are while it has live blocks |
+//! | `remote`, the links, `mail_next` | any thread, as told at [`Slab::hand_over`] |
 //!
 //! # Safety
 //! Records are memory that is zero at first and never unmapped; a record of zeroes means that no slab is there. The
@@ -48,11 +48,24 @@ pub(crate) enum Place {
     Listed,
 }
 
-/// What is known about a slab.
-#[repr(C, align(64))]
+/// What is known about a slab: a cache line for everybody, which changes seldom, and one for the owner.
+#[repr(C, align(128))]
 pub(crate) struct Slab {
     /// The owner; null if there is no slab here.
     heap: *mut Heap,
+    /// For each block that another thread freed, the next one in the list, plus one.
+    links: *mut AtomicU16,
+    /// The next slab in the owner's mail.
+    pub(crate) mail_next: AtomicPtr<Slab>,
+    /// The newest block that another thread freed, plus one; 0 for none.
+    remote: AtomicU16,
+    class: u8,
+    own: Own,
+}
+
+/// The owner's part of a record.
+#[repr(C, align(64))]
+struct Own {
     /// Free blocks, as granules from `base`.
     stack: *mut u16,
     base: *mut u8,
@@ -63,20 +76,24 @@ pub(crate) struct Slab {
     /// Blocks that were ever on the stack; the rest of the slab was not used yet.
     carved: u16,
     capacity: u16,
-    /// The newest block that another thread freed, plus one; 0 for none.
-    remote: AtomicU16,
-    /// Entries of the stack, and of the links behind it.
+    /// Entries that there is room for on the stack, and in the links behind it.
     room: u16,
-    class: u8,
-    pub(crate) place: Place,
+    place: Place,
     /// Neighbours in the list of the class.
-    pub(crate) next: *mut Slab,
-    pub(crate) previous: *mut Slab,
-    /// The next slab in the owner's mail.
-    pub(crate) mail_next: AtomicPtr<Slab>,
+    next: *mut Slab,
+    previous: *mut Slab,
 }
 
-const _: () = assert!(size_of::<Slab>() == 64);
+const _: () = assert!(size_of::<Slab>() == 128 && std::mem::offset_of!(Slab, own) == 64);
+
+/// Blocks of one slab of another heap, freed and not yet handed over.
+#[derive(Clone, Copy)]
+pub(crate) struct Chain {
+    pub(crate) slab: *mut Slab,
+    head: u16,
+    tail: u16,
+    pub(crate) len: u16,
+}
 
 /// Where the records are and what they cover.
 #[repr(align(64))]
@@ -96,19 +113,22 @@ unsafe impl Sync for Nothing {}
 
 static NOTHING: Nothing = Nothing(Slab {
     heap: ptr::null_mut(),
-    stack: ptr::null_mut(),
-    base: ptr::null_mut(),
-    count: 0,
-    alarm: NEVER,
-    carved: 0,
-    capacity: 0,
-    remote: AtomicU16::new(0),
-    room: 0,
-    class: 0,
-    place: Place::Nowhere,
-    next: ptr::null_mut(),
-    previous: ptr::null_mut(),
+    links: ptr::null_mut(),
     mail_next: AtomicPtr::new(ptr::null_mut()),
+    remote: AtomicU16::new(0),
+    class: 0,
+    own: Own {
+        stack: ptr::null_mut(),
+        base: ptr::null_mut(),
+        count: 0,
+        alarm: NEVER,
+        carved: 0,
+        capacity: 0,
+        room: 0,
+        place: Place::Nowhere,
+        next: ptr::null_mut(),
+        previous: ptr::null_mut(),
+    },
 });
 
 /// A slab that has nothing to give; only to be read.
@@ -178,7 +198,7 @@ pub(crate) unsafe fn make(heap: *mut Heap, arena: large::Arena, class: usize) ->
     };
     // SAFETY: the memory is new, so its record is nobody else's.
     unsafe {
-        (*slab).base = memory;
+        (*slab).own.base = memory;
         (*slab).heap = heap;
         if !Slab::reuse(slab, class) {
             (*slab).heap = ptr::null_mut();
@@ -189,8 +209,13 @@ pub(crate) unsafe fn make(heap: *mut Heap, arena: large::Arena, class: usize) ->
     slab
 }
 
+impl Chain {
+    /// No blocks.
+    pub(crate) const NONE: Self = Self { slab: ptr::null_mut(), head: 0, tail: 0, len: 0 };
+}
+
 impl Slab {
-    /// Whether `heap` owns it.
+    /// The heap that owns it; null if there is no slab.
     ///
     /// # Safety
     /// `slab` is a record, of a block that is live or of a place where no slab is.
@@ -229,22 +254,23 @@ impl Slab {
         // SAFETY: the caller's contract.
         unsafe {
             let s = &mut *slab;
-            if usize::from(s.room) < capacity {
+            if usize::from(s.own.room) < capacity {
                 let room = capacity.max(LEAST_ROOM);
                 let stack = large::bookkeeping(room * 2 * size_of::<u16>()).cast::<u16>();
                 if stack.is_null() {
                     return false;
                 }
-                large::free_bookkeeping(s.stack.cast());
-                s.stack = stack;
-                s.room = room as u16;
+                large::free_bookkeeping(s.own.stack.cast());
+                s.own.stack = stack;
+                s.own.room = room as u16;
+                s.links = stack.add(room).cast();
             }
             s.class = class as u8;
-            s.capacity = capacity as u16;
-            s.carved = 0;
-            s.count = 0;
-            s.alarm = NEVER;
-            s.place = Place::Current;
+            s.own.capacity = capacity as u16;
+            s.own.carved = 0;
+            s.own.count = 0;
+            s.own.alarm = NEVER;
+            s.own.place = Place::Current;
         }
         true
     }
@@ -256,8 +282,8 @@ impl Slab {
     pub(crate) unsafe fn release(slab: *mut Self) {
         // SAFETY: the caller's contract. The record is of zeroes again before anybody can get the memory.
         unsafe {
-            let memory = (*slab).base;
-            large::free_bookkeeping((*slab).stack.cast());
+            let memory = (*slab).own.base;
+            large::free_bookkeeping((*slab).own.stack.cast());
             ptr::write_bytes(slab, 0, 1);
             large::free_slab(memory);
         }
@@ -271,13 +297,13 @@ impl Slab {
     pub(crate) unsafe fn pop(slab: *mut Self) -> *mut u8 {
         // SAFETY: the stack has `count` entries; an entry is a block inside the slab.
         unsafe {
-            let count = (*slab).count;
+            let count = (*slab).own.count;
             if count == 0 {
                 return ptr::null_mut();
             }
-            (*slab).count = count - 1;
-            let granules = *(*slab).stack.add(count as usize - 1);
-            (*slab).base.add(granules as usize * GRANULE)
+            (*slab).own.count = count - 1;
+            let granules = *(*slab).own.stack.add(count as usize - 1);
+            (*slab).own.base.add(granules as usize * GRANULE)
         }
     }
 
@@ -289,10 +315,10 @@ impl Slab {
     pub(crate) unsafe fn push(slab: *mut Self, granules: u16) -> bool {
         // SAFETY: there are never more free blocks than entries.
         unsafe {
-            let count = (*slab).count;
-            *(*slab).stack.add(count as usize) = granules;
-            (*slab).count = count + 1;
-            count + 1 == (*slab).alarm
+            let count = (*slab).own.count;
+            *(*slab).own.stack.add(count as usize) = granules;
+            (*slab).own.count = count + 1;
+            count + 1 == (*slab).own.alarm
         }
     }
 
@@ -303,14 +329,14 @@ impl Slab {
     pub(crate) unsafe fn carve(slab: *mut Self) -> bool {
         // SAFETY: the caller's contract; no more than `capacity` entries are written.
         unsafe {
-            let carved = usize::from((*slab).carved);
-            let more = (usize::from((*slab).capacity) - carved).min(CARVE);
+            let carved = usize::from((*slab).own.carved);
+            let more = (usize::from((*slab).own.capacity) - carved).min(CARVE);
             let step = class::granules((*slab).class as usize);
             for entry in 0..more {
-                *(*slab).stack.add(entry) = ((carved + more - 1 - entry) * step) as u16;
+                *(*slab).own.stack.add(entry) = ((carved + more - 1 - entry) * step) as u16;
             }
-            (*slab).carved = (carved + more) as u16;
-            (*slab).count = more as u16;
+            (*slab).own.carved = (carved + more) as u16;
+            (*slab).own.count = more as u16;
             more > 0
         }
     }
@@ -321,7 +347,7 @@ impl Slab {
     /// The caller owns the slab.
     pub(crate) unsafe fn is_empty(slab: *const Self) -> bool {
         // SAFETY: the caller's contract.
-        unsafe { (*slab).count == (*slab).carved }
+        unsafe { (*slab).own.count == (*slab).own.carved }
     }
 
     /// Whether something is on the stack.
@@ -330,7 +356,25 @@ impl Slab {
     /// The caller owns the slab.
     pub(crate) unsafe fn has_free(slab: *const Self) -> bool {
         // SAFETY: the caller's contract.
-        unsafe { (*slab).count > 0 }
+        unsafe { (*slab).own.count > 0 }
+    }
+
+    /// Where it is.
+    ///
+    /// # Safety
+    /// The caller owns the slab.
+    pub(crate) unsafe fn place(slab: *const Self) -> Place {
+        // SAFETY: the caller's contract.
+        unsafe { (*slab).own.place }
+    }
+
+    /// Its neighbours in the list: previous and next.
+    ///
+    /// # Safety
+    /// The caller owns the slab and uses this as the list's.
+    pub(crate) unsafe fn neighbours<'a>(slab: *mut Self) -> (&'a mut *mut Self, &'a mut *mut Self) {
+        // SAFETY: the caller's contract; the two are different fields.
+        unsafe { (&mut (*slab).own.previous, &mut (*slab).own.next) }
     }
 
     /// Sets the alarm for its place: a full slab wakes its owner with the first free block, a listed one with the last, the
@@ -341,36 +385,51 @@ impl Slab {
     pub(crate) unsafe fn put(slab: *mut Self, place: Place) {
         // SAFETY: the caller's contract.
         unsafe {
-            (*slab).place = place;
-            (*slab).alarm = match place {
+            (*slab).own.place = place;
+            (*slab).own.alarm = match place {
                 Place::Full => 1,
-                Place::Listed => (*slab).carved,
+                Place::Listed => (*slab).own.carved,
                 Place::Current | Place::Nowhere => NEVER,
             };
         }
     }
 
-    /// Takes back a block of another heap's slab. True if the slab must go into its owner's mail, by this thread: nobody but it
-    /// may do so until the owner has read the mail.
-    ///
-    /// The freed blocks form a list of block numbers, in links that have an entry for each block: its head is `remote`. Blocks
-    /// are only added one by one and taken all at once, so a head that looks the same is the same list. The slab stays
-    /// where it is until its owner has taken this block: it is the last thing done here.
+    /// Adds a block to a chain of its slab, or begins one.
     ///
     /// # Safety
-    /// The block, which begins at `granules`, is live and the caller's.
+    /// The block, which begins at `granules`, is live and the caller's; the chain, if it has a block, is of this slab.
     #[inline]
-    pub(crate) unsafe fn free_remotely(slab: *const Self, granules: u16) -> bool {
-        // SAFETY: the slab has a live block until the exchange, so its stack and class stay.
+    pub(crate) unsafe fn chain(slab: *mut Self, granules: u16, chain: Chain) -> Chain {
+        // SAFETY: the slab has a live block (this one, until the chain is handed over), so its class and links stay.
         unsafe {
             let number = block_number((*slab).class as usize, granules);
-            let link = Self::link(slab, number);
-            let remote = &raw const (*slab).remote;
+            if chain.len == 0 {
+                return Chain { slab, head: number, tail: number, len: 1 };
+            }
+            (*Self::link(slab, number)).store(chain.head + 1, Ordering::Relaxed);
+            Chain { head: number, len: chain.len + 1, ..chain }
+        }
+    }
+
+    /// Hands a chain over to the slab's owner. True if the slab must go into its owner's mail, by this thread: nobody but it may
+    /// do so until the owner has read the mail.
+    ///
+    /// The freed blocks form a list of block numbers, in links that have an entry for each block: its head is `remote`. Chains
+    /// are only added and everything is taken at once, so a head that looks the same is the same list. The slab stays
+    /// where it is until its owner has taken these blocks: it is the last thing done here.
+    ///
+    /// # Safety
+    /// The chain has a block and is used up.
+    pub(crate) unsafe fn hand_over(chain: Chain) -> bool {
+        // SAFETY: the slab has live blocks until the exchange, so its links stay.
+        unsafe {
+            let link = Self::link(chain.slab, chain.tail);
+            let remote = &raw const (*chain.slab).remote;
             let mut head = (*remote).load(Ordering::Relaxed);
             loop {
                 (*link).store(head, Ordering::Relaxed);
-                match (*remote).compare_exchange_weak(head, number + 1, Ordering::Release, Ordering::Relaxed)
-                {
+                let new = chain.head + 1;
+                match (*remote).compare_exchange_weak(head, new, Ordering::Release, Ordering::Relaxed) {
                     Ok(_) => return head == 0,
                     Err(now) => head = now,
                 }
@@ -380,8 +439,8 @@ impl Slab {
 
     #[inline]
     unsafe fn link(slab: *const Self, number: u16) -> *const AtomicU16 {
-        // SAFETY: the links follow the stack and have `room` entries too.
-        unsafe { (*slab).stack.add((*slab).room as usize + number as usize).cast() }
+        // SAFETY: there are as many links as blocks, or more.
+        unsafe { (*slab).links.add(number as usize) }
     }
 
     /// Puts what others freed on the stack.
@@ -396,8 +455,8 @@ impl Slab {
             while head != 0 {
                 let number = head - 1;
                 head = (*Self::link(slab, number)).load(Ordering::Relaxed);
-                *(*slab).stack.add((*slab).count as usize) = number * step as u16;
-                (*slab).count += 1;
+                *(*slab).own.stack.add((*slab).own.count as usize) = number * step as u16;
+                (*slab).own.count += 1;
             }
         }
     }
