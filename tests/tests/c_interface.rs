@@ -7,6 +7,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use usvm_tests::isolated::skipped;
@@ -68,7 +69,10 @@ fn libraries() -> PathBuf {
 fn compile(compiler: &str, standard: &str, source: &str, more: &[&str]) -> PathBuf {
     let programs = target().join("c-programs");
     std::fs::create_dir_all(&programs).unwrap();
-    let program = programs.join(source.replace(['/', '.', '+'], "_"));
+    // Tests run at once, and a program that runs cannot be written.
+    static NUMBER: AtomicU32 = AtomicU32::new(0);
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    let program = programs.join(format!("{}-{number}", source.replace(['/', '.', '+'], "_")));
     let link = format!("-L{}", libraries().display());
     tool(
         Command::new(compiler)
@@ -161,14 +165,12 @@ fn without_rights() {
     if unsafe { libc::geteuid() } != 0 {
         return skipped("only root can give its rights away to try this");
     }
-    let program = compile("cc", "-std=c11", "tests/c/notify.c", &[]);
     let folder = tempfile::Builder::new().permissions(open_to_all()).tempdir().unwrap();
-    let file = "libusvm.so.0";
-    std::fs::copy(libraries().join(file), folder.path().join(file)).unwrap();
-    for (source, name) in [("tests/c/notify.c", "notify"), ("tests/c/misuse.c", "misuse")] {
+    let library = "libusvm.so.0";
+    std::fs::copy(libraries().join(library), folder.path().join(library)).unwrap();
+    for name in ["notify", "misuse"] {
         let copy = folder.path().join(name);
-        let made = if name == "notify" { program.clone() } else { compile("cc", "-std=c11", source, &[]) };
-        std::fs::copy(made, &copy).unwrap();
+        std::fs::copy(compile("cc", "-std=c11", &format!("tests/c/{name}.c"), &[]), &copy).unwrap();
         let mut command = Command::new(&copy);
         command.env("LD_LIBRARY_PATH", folder.path()).uid(65534).gid(65534).current_dir("/");
         assert_eq!(run(&mut command), format!("{name}: good\n"));
