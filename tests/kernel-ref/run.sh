@@ -3,7 +3,8 @@
 # Asks the kernel's own drm_gpusvm, in a virtual machine: builds the module and the guest driver in a Debian chroot, boots,
 # records traces, checks them and replays them through usvm's space. See README.md.
 #
-#   run.sh            fresh random traces: SEED (default: the time), OPS in all (default 100000), CONFIGS (default: all)
+#   run.sh            fresh random traces: SEED (default: the time), OPS in all (default 100000), CONFIGS (default: all);
+#                     usvm-live plays LIVE_OPS of each (default 300) in the machine, and all of them here
 #   run.sh record     the traces that are kept: traces/*.trace.xz
 #   run.sh bench      times of the kernel's operations and of usvm's beside them, as JSON on BENCH_OUT (default: the cache)
 #   run.sh relock     resolves the packages anew with debootstrap and writes packages.lock
@@ -154,8 +155,8 @@ build() {
 
 # ---- the machine -----------------------------------------------------------------------------------------------------
 
-# Waits for the machine. On a loaded host an emulated one sometimes spins before its first process: then it is ended and
-# the answer is 1.
+# Waits for the machine. On a loaded host an emulated one sometimes spins or dies before its first process: then it is
+# ended and the answer is 1.
 watch_machine() { # process, seconds
     local waited=0
     while kill -0 "$1" 2>/dev/null; do
@@ -172,6 +173,7 @@ watch_machine() { # process, seconds
         waited=$((waited + 1))
     done
     wait "$1" || true
+    grep -q 'guest: up' "$dir/console.txt" # an emulated kernel that patched its own code under another processor's feet
 }
 
 # boot DIR: does the lines of DIR/jobs; leaves the results in DIR/out. EXTRA names a directory laid over the initramfs.
@@ -270,12 +272,14 @@ fresh() {
     random_jobs "$seed" "$ops" >"$work/jobs"
     local s
     for s in "$here"/scripts/*.ops; do s=${s##*/}; echo "script ${s%.ops}"; done >>"$work/jobs"
-    echo 'run usvm-live --own-machine /out/*.trace' >>"$work/jobs"
+    echo "run usvm-live --own-machine --ops ${LIVE_OPS:-300} /out/*.trace" >>"$work/jobs"
     build_live
     replay "$here"/traces/*.trace.xz | tail -n 1 | sed 's/^/kept traces: /' # before the machine, so that it is built
     boot "$work"
-    grep -v '^live: ' "$work/out/usvm-live.out" | grep -F ': op ' || true
-    grep '^live: ' "$work/out/usvm-live.out"
+    grep '^live: ' "$work/out/usvm-live.out" | sed 's/^/in the machine: /'
+    # Whole traces, on this machine's own kernel: an emulated processor takes twenty times as long.
+    nice "$EXTRA/bin/usvm-live" "$work"/out/*.trace >"$work/live.out" || { tail -n 30 "$work/live.out" >&2; fail "usvm-live"; }
+    grep '^live: ' "$work/live.out" | sed 's/^/here: /'
     judge "$work"/out/*.trace
 }
 
