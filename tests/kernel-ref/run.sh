@@ -189,7 +189,7 @@ boot() {
         rm -f "$dir/out.img" && truncate -s 1600M "$dir/out.img" && : >"$dir/console.txt"
         nice -n "${BOOT_NICE:-10}" qemu-system-x86_64 -accel $accel -cpu $cpu -m 3G -smp 2 -nodefaults -display none -no-reboot \
             -kernel "$cache/build/vmlinuz" -initrd "$dir/initramfs.gz" \
-            -append "console=ttyS0 loglevel=6 panic=-1 oops=panic init_on_alloc=0 nowatchdog rcupdate.rcu_cpu_stall_suppress=1" \
+            -append "console=ttyS0 loglevel=6 panic=-1 oops=panic init_on_alloc=0 nowatchdog rcupdate.rcu_cpu_stall_suppress=1 ${BOOT_ARGS:-}" \
             -serial "file:$dir/console.txt" -drive "file=$dir/out.img,format=raw,if=virtio,cache=unsafe" 9>&- &
         if watch_machine $! "$limit"; then break; fi
         [ $try -lt 4 ] || fail "the machine does not start (console: $dir/console.txt)"
@@ -288,7 +288,8 @@ bench() {
     scratch
     printf '%s\n' bench "run usvm-live bench /out/usvm-bench.json ${COPY:-}" >"$work/jobs"
     build_live
-    boot "$work"
+    # Without idle=poll the host's scheduler decides how long an emulated processor takes to wake.
+    BOOT_ARGS="idle=poll ${BOOT_ARGS:-}" boot "$work"
     python3 "$here/bench.py" "$work/out/bench.json" "$work/out/usvm-bench.json" "${BENCH_OUT:-$cache/bench.json}"
 }
 

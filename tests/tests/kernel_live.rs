@@ -63,7 +63,10 @@ fn a_range_in_the_wrong_place_is_noticed() {
     let output = live(&["--break-place", "30"], &[kept("migrate-4k")]);
     let text = text(&output);
     assert_eq!(output.status.code(), Some(1), "{text}");
-    assert!(text.contains("op 31 ") && text.contains("usvm has the first on Host (before: Device)"), "{text}");
+    assert!(
+        text.contains("op 31 ") && text.contains("usvm has the first on Host (before: Device)"),
+        "{text}"
+    );
 }
 
 /// The other way round: usvm is right, and the trace lies.

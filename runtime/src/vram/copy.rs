@@ -300,7 +300,7 @@ unsafe fn fenced_copy(dst: *mut u8, src: *const u8, len: usize) {
 
 /// Copies by general registers, in assembly so that no compiler makes vectors or a call of it.
 unsafe fn word_copy(dst: *mut u8, src: *const u8, len: usize) {
-    const BLOCK: usize = 8 * size_of::<u64>();
+    const BLOCK: usize = LINE;
     let blocks = len / BLOCK;
     // SAFETY: the caller gives `len` readable and writable, distinct bytes; blocks and tail partition them.
     unsafe {

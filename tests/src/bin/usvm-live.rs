@@ -65,9 +65,9 @@ fn main() -> ExitCode {
 }
 
 fn measure(out: Option<String>, copy: Option<String>) -> ExitCode {
-    let written = out.ok_or_else(|| "bench needs a file".to_owned()).and_then(|out| {
-        std::fs::write(&out, bench::run(copy)?).map_err(|e| format!("{out}: {e}"))
-    });
+    let written = out
+        .ok_or_else(|| "bench needs a file".to_owned())
+        .and_then(|out| std::fs::write(&out, bench::run(copy)?).map_err(|e| format!("{out}: {e}")));
     match written {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {

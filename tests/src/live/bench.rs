@@ -32,6 +32,8 @@ use usvm::{Builder, Config, GpuAccess, Runtime};
 const ROUNDS: usize = 17;
 const WARM: usize = 2;
 const MANY: usize = 64;
+/// How long usvm's service threads look for the next fault before they sleep.
+const SPIN_US: u64 = 50_000;
 /// Where it measures: the arena of the kernel's driver.
 const ARENA: u64 = 0x10_0000_0000;
 
@@ -80,12 +82,18 @@ struct Bench {
 /// What could not be measured.
 pub fn run(copy: Option<String>) -> Outcome<String> {
     let mut baseline = Baseline::open();
+    if baseline.module.is_some() {
+        // The module's device memory lies in huge pages; so may the simulated device's. The machine is for this alone.
+        let _ = std::fs::write("/sys/kernel/mm/transparent_hugepage/shmem_enabled", "always");
+    }
     let (chosen, mut rows) = copies(&mut baseline)?;
     let copy = copy.unwrap_or(chosen);
     let mut config = Config::default();
     config.policy = "gpusvm".into();
     config.copy.clone_from(&copy);
     config.copy_threads = Some(0);
+    // An emulated processor that sleeps is slow to wake.
+    config.spin_us = SPIN_US;
     let device = SimConfig {
         prefault: true,
         recoverable_faults: true,
@@ -161,7 +169,8 @@ impl Bench {
 
     /// A device access, placed as told.
     fn access(&self, at: u64, placement: Placement, access: GpuAccess) -> Outcome<f64> {
-        let want = Want { access, cause: Cause::GpuAccess, bracketed: false, force: Some(placement), pin: false };
+        let want =
+            Want { access, cause: Cause::GpuAccess, bracketed: false, force: Some(placement), pin: false };
         self.timed(move |svm| svm.gpu_access(0, at, SZ_2M, want).map(drop))
     }
 
@@ -355,7 +364,9 @@ fn copies(baseline: &mut Baseline) -> Outcome<(String, Vec<Row>)> {
             let (to, from) = (&mut to[slot..slot + words], &from[slot..slot + words]);
             let begin = Instant::now();
             // SAFETY: two buffers of 2 MiB of this thread's own.
-            unsafe { copier.copy(to.as_mut_ptr().cast(), from.as_ptr().cast(), SZ_2M as usize, CopyHint::ToDevice) };
+            unsafe {
+                copier.copy(to.as_mut_ptr().cast(), from.as_ptr().cast(), SZ_2M as usize, CopyHint::ToDevice)
+            };
             samples.push(micros(begin));
         }
         rows.push(Row::new(format!("copy_{kind}"), samples.split_off(WARM)));

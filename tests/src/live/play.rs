@@ -239,18 +239,15 @@ impl<'a> Player<'a> {
         let t = |i: usize| op.hex(i) + TWIN;
         let word = |i: usize| op.args[i].as_str();
         Some(match op.name.as_str() {
-            "mmap" => Answers::of(
-                live.mmap(a(0), a(1), word(2), word(3)),
-                twin.mmap(t(0), a(1), word(2), word(3)),
-            ),
+            "mmap" => {
+                Answers::of(live.mmap(a(0), a(1), word(2), word(3)), twin.mmap(t(0), a(1), word(2), word(3)))
+            }
             "munmap" => Answers::of(live.munmap(a(0), a(1)), twin.munmap(t(0), a(1))),
             "mremap" => Answers::of(
                 live.mremap(a(0), a(1), a(2), word(3), a(4)),
                 twin.mremap(t(0), a(1), a(2), word(3), t(4)),
             ),
-            "mprotect" => {
-                Answers::of(live.mprotect(a(0), a(1), word(2)), twin.mprotect(t(0), a(1), word(2)))
-            }
+            "mprotect" => Answers::of(live.mprotect(a(0), a(1), word(2)), twin.mprotect(t(0), a(1), word(2))),
             "madvise" => {
                 let advice = advice(word(2))?;
                 Answers::of(live.madvise(a(0), a(1), advice), twin.madvise(t(0), a(1), advice))
@@ -392,8 +389,8 @@ impl<'a> Player<'a> {
             op.args[3].split(',').filter_map(|c| u64::from_str_radix(c, 16).ok()).collect();
         let vram = u64::from_str_radix(&op.args[4], 16).unwrap_or(0) * SZ_4K;
         let served = Served::start(self.setup, self.trace.arena, op.hex(2), &chunks, vram);
-        self.comparable = self.setup.policy == "gpusvm"
-            && chunks.iter().all(|c| [2 << 20, 64 << 10, 4 << 10].contains(c));
+        self.comparable =
+            self.setup.policy == "gpusvm" && chunks.iter().all(|c| [2 << 20, 64 << 10, 4 << 10].contains(c));
         match served {
             Ok(served) => self.served = Some(served),
             Err(e) => self.wrong(Some(op), format_args!("usvm does not start: {e}")),
@@ -410,7 +407,8 @@ impl<'a> Player<'a> {
             (Some(range), Some(at)) => self.ask(op, at, &range),
             _ => return,
         };
-        let allowed = range_of(self.kernel.range_at(at.unwrap_or(0))).and_then(|s| refusal(op, s, &self.kernel));
+        let allowed =
+            range_of(self.kernel.range_at(at.unwrap_or(0))).and_then(|s| refusal(op, s, &self.kernel));
         match (done, allowed) {
             (Err(e), Some((rule, errno))) if e.errno() == errno => self.excuse(rule, 1),
             (Ok(true), Some((rule @ Rule::ReadOnly, _))) => {
@@ -463,8 +461,7 @@ impl<'a> Player<'a> {
     /// Whether the operation itself had pages of `span` come back.
     fn comes_back(&self, op: &Op, span: Span) -> bool {
         op.pages.iter().any(|(at, letter)| at.overlaps(span) && !matches!(letter, b'd' | b'D'))
-            && (0..span.pages())
-                .any(|p| self.kernel.on_device(self.trace.arena.page_index(span.start) + p))
+            && (0..span.pages()).any(|p| self.kernel.on_device(self.trace.arena.page_index(span.start) + p))
     }
 
     fn anonymous(&self, span: Span) -> bool {
@@ -551,12 +548,7 @@ impl<'a> Player<'a> {
 
     // ---- comparing ----
 
-    fn compare_residency(
-        &mut self,
-        op: &Op,
-        moved: &[usize],
-        was: &Before<'_>,
-    ) {
+    fn compare_residency(&mut self, op: &Op, moved: &[usize], was: &Before<'_>) {
         let mut wrong: Vec<usize> = Vec::new();
         let locked = OnceCell::new();
         let asked = op.args.first().and_then(|a| u64::from_str_radix(a, 16).ok());
@@ -688,7 +680,8 @@ fn range_of(range: Option<&RangeView>) -> Option<Span> {
 }
 
 fn has_huge_pages() -> bool {
-    std::fs::read_to_string("/proc/sys/vm/nr_hugepages").is_ok_and(|n| n.trim().parse::<u64>().is_ok_and(|n| n >= 32))
+    std::fs::read_to_string("/proc/sys/vm/nr_hugepages")
+        .is_ok_and(|n| n.trim().parse::<u64>().is_ok_and(|n| n >= 32))
 }
 
 /// The name of an errno, as the kernel's driver writes it.

@@ -79,7 +79,10 @@ impl Totals {
 impl fmt::Display for Totals {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { traces, whole, operations, differences, residency, contents: [pages, device], .. } = self;
-        writeln!(f, "live: {residency} moves of pages, contents of {pages} pages compared ({device} on the device)")?;
+        writeln!(
+            f,
+            "live: {residency} moves of pages, contents of {pages} pages compared ({device} on the device)"
+        )?;
         let meant: Vec<String> = self.meant.iter().map(|(rule, times)| format!("{rule:?} {times}")).collect();
         writeln!(f, "live: meant differences: {}", meant.join(", "))?;
         writeln!(f, "live: {whole} traces to their end")?;

@@ -242,7 +242,10 @@ impl Case<'_> {
         if self.is(&["migrate"]) && !self.is_targeted() && came && self.free < needed {
             return Some(Rule::Full);
         }
-        if self.is(&["migrate"]) && self.is_targeted() && self.asked.is_some_and(|h| !h.span.covers(self.page)) {
+        if self.is(&["migrate"])
+            && self.is_targeted()
+            && self.asked.is_some_and(|h| !h.span.covers(self.page))
+        {
             return Some(Rule::Recut);
         }
         let partly = self.held.is_some_and(|h| h.device > 0 && h.device < h.span.pages());
@@ -284,7 +287,8 @@ impl Case<'_> {
     /// Whether UFFDIO_MOVE may take pages out of the mapping here.
     fn can_be_flipped(&self) -> bool {
         let plain = |v: &Vma| v.read && v.write && !v.exec;
-        self.kernel.vma_at(self.page.start).is_some_and(plain) && !self.locked.get_or_init(|| self.live.locked()).iter().any(|at| at.overlaps(self.page))
+        self.kernel.vma_at(self.page.start).is_some_and(plain)
+            && !self.locked.get_or_init(|| self.live.locked()).iter().any(|at| at.overlaps(self.page))
     }
 
     /// Whether the operation is a CPU access to some of `span`.

@@ -100,7 +100,13 @@ fn movable(sizes: &[u64]) -> Vec<u64> {
 
 impl Served {
     /// Starts usvm for a space of the trace.
-    pub fn start(setup: &Setup, arena: Span, notifier: u64, chunks: &[u64], vram: u64) -> Result<Self, String> {
+    pub fn start(
+        setup: &Setup,
+        arena: Span,
+        notifier: u64,
+        chunks: &[u64],
+        vram: u64,
+    ) -> Result<Self, String> {
         let mut config = Config::default();
         config.policy.clone_from(&setup.policy);
         config.notifier_size = notifier;
@@ -214,19 +220,9 @@ impl Served {
     }
 
     /// Maps `span` for the device where it is, and does `f` with it held there.
-    fn held<T>(
-        &self,
-        span: Span,
-        access: GpuAccess,
-        f: impl FnOnce() -> usvm::Result<T>,
-    ) -> usvm::Result<T> {
-        let want = Want {
-            access,
-            cause: Cause::User,
-            bracketed: false,
-            force: Some(Placement::Remote),
-            pin: true,
-        };
+    fn held<T>(&self, span: Span, access: GpuAccess, f: impl FnOnce() -> usvm::Result<T>) -> usvm::Result<T> {
+        let want =
+            Want { access, cause: Cause::User, bracketed: false, force: Some(Placement::Remote), pin: true };
         let pinned = self.on(move |svm| svm.gpu_access(0, span.start, span.len(), want))?;
         let done = f();
         self.on(move |svm| {
@@ -374,18 +370,14 @@ fn scratch() -> u64 {
     at as u64
 }
 
-fn device_page(
-    range: Option<&Range>,
-    device: &SimDevice,
-    page: u64,
-    scratch: u64,
-) -> usvm::Result<Page> {
+fn device_page(range: Option<&Range>, device: &SimDevice, page: u64, scratch: u64) -> usvm::Result<Page> {
     let gone = usvm::Error::Gone { addr: page };
     let Some(range) = range else { return Err(gone) };
     let state = range.data.lock();
     let Some(moved) = &state.moved else { return Err(gone) };
     let index = range.span().page_index(page);
-    let (true, Some(bo)) = (moved.vram.and(&PageMask::first(range.span().pages())).get(index), &moved.bo) else {
+    let (true, Some(bo)) = (moved.vram.and(&PageMask::first(range.span().pages())).get(index), &moved.bo)
+    else {
         return Err(gone);
     };
     let at = index as u64 * SZ_4K;

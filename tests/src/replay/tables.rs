@@ -17,9 +17,15 @@ pub fn file() -> PathBuf {
 /// What must stand between the marks.
 fn tables() -> String {
     let mut text = String::from("\n");
-    let _ = writeln!(text, "Bookkeeping (ranges, answers), where `SpaceConfig::kernel_exact` brings the kernel's way back:\n");
+    let _ = writeln!(
+        text,
+        "Bookkeeping (ranges, answers), where `SpaceConfig::kernel_exact` brings the kernel's way back:\n"
+    );
     rows(&mut text, MEANT.iter().map(|m| [m.kernel, m.usvm, m.reason, m.predicate]));
-    let _ = writeln!(text, "\nResidency of a running usvm with the kernel's policy (`gpusvm`); contents have no differences:\n");
+    let _ = writeln!(
+        text,
+        "\nResidency of a running usvm with the kernel's policy (`gpusvm`); contents have no differences:\n"
+    );
     rows(&mut text, rules::MEANT.iter().map(|m| [m.kernel, m.usvm, m.reason, m.predicate]));
     text.push('\n');
     text
