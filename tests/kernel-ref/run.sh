@@ -3,7 +3,8 @@
 # Asks the kernel's own drm_gpusvm, in a virtual machine: builds the module and the guest driver in a Debian chroot, boots,
 # records traces, checks them and replays them through usvm's space. See README.md.
 #
-#   run.sh            fresh random traces: SEED (default: the time), OPS in all (default 100000), CONFIGS (default: all)
+#   run.sh            fresh random traces: SEED (default: the time), OPS in all (default 100000), CONFIGS (default: all);
+#                     usvm-live plays LIVE_OPS of each (default 300) in the machine, and all of them here
 #   run.sh record     the traces that are kept: traces/*.trace.xz
 #   run.sh bench      times of the kernel's operations and of usvm's beside them, as JSON on BENCH_OUT (default: the cache)
 #   run.sh relock     resolves the packages anew with debootstrap and writes packages.lock
@@ -154,8 +155,8 @@ build() {
 
 # ---- the machine -----------------------------------------------------------------------------------------------------
 
-# Waits for the machine. On a loaded host an emulated one sometimes spins before its first process: then it is ended and
-# the answer is 1.
+# Waits for the machine. On a loaded host an emulated one sometimes spins or dies before its first process: then it is
+# ended and the answer is 1.
 watch_machine() { # process, seconds
     local waited=0
     while kill -0 "$1" 2>/dev/null; do
@@ -172,6 +173,7 @@ watch_machine() { # process, seconds
         waited=$((waited + 1))
     done
     wait "$1" || true
+    grep -q 'guest: up' "$dir/console.txt" # an emulated kernel that patched its own code under another processor's feet
 }
 
 # boot DIR: does the lines of DIR/jobs; leaves the results in DIR/out. EXTRA names a directory laid over the initramfs.
@@ -187,7 +189,7 @@ boot() {
         rm -f "$dir/out.img" && truncate -s 1600M "$dir/out.img" && : >"$dir/console.txt"
         nice -n "${BOOT_NICE:-10}" qemu-system-x86_64 -accel $accel -cpu $cpu -m 3G -smp 2 -nodefaults -display none -no-reboot \
             -kernel "$cache/build/vmlinuz" -initrd "$dir/initramfs.gz" \
-            -append "console=ttyS0 loglevel=6 panic=-1 oops=panic init_on_alloc=0 nowatchdog rcupdate.rcu_cpu_stall_suppress=1" \
+            -append "console=ttyS0 loglevel=6 panic=-1 oops=panic init_on_alloc=0 nowatchdog rcupdate.rcu_cpu_stall_suppress=1 ${BOOT_ARGS:-}" \
             -serial "file:$dir/console.txt" -drive "file=$dir/out.img,format=raw,if=virtio,cache=unsafe" 9>&- &
         if watch_machine $! "$limit"; then break; fi
         [ $try -lt 4 ] || fail "the machine does not start (console: $dir/console.txt)"
@@ -270,12 +272,14 @@ fresh() {
     random_jobs "$seed" "$ops" >"$work/jobs"
     local s
     for s in "$here"/scripts/*.ops; do s=${s##*/}; echo "script ${s%.ops}"; done >>"$work/jobs"
-    echo 'run usvm-live --own-machine /out/*.trace' >>"$work/jobs"
+    echo "run usvm-live --own-machine --ops ${LIVE_OPS:-300} /out/*.trace" >>"$work/jobs"
     build_live
     replay "$here"/traces/*.trace.xz | tail -n 1 | sed 's/^/kept traces: /' # before the machine, so that it is built
     boot "$work"
-    grep -v '^live: ' "$work/out/usvm-live.out" | grep -F ': op ' || true
-    grep '^live: ' "$work/out/usvm-live.out"
+    grep '^live: ' "$work/out/usvm-live.out" | sed 's/^/in the machine: /'
+    # Whole traces, on this machine's own kernel: an emulated processor takes twenty times as long.
+    nice "$EXTRA/bin/usvm-live" "$work"/out/*.trace >"$work/live.out" || { tail -n 30 "$work/live.out" >&2; fail "usvm-live"; }
+    grep '^live: ' "$work/live.out" | sed 's/^/here: /'
     judge "$work"/out/*.trace
 }
 
@@ -284,7 +288,8 @@ bench() {
     scratch
     printf '%s\n' bench "run usvm-live bench /out/usvm-bench.json ${COPY:-}" >"$work/jobs"
     build_live
-    boot "$work"
+    # Without idle=poll the host's scheduler decides how long an emulated processor takes to wake.
+    BOOT_ARGS="idle=poll ${BOOT_ARGS:-}" boot "$work"
     python3 "$here/bench.py" "$work/out/bench.json" "$work/out/usvm-bench.json" "${BENCH_OUT:-$cache/bench.json}"
 }
 

@@ -289,10 +289,10 @@ impl Kind for Device {
 struct Copying;
 impl Kind for Copying {
     type Value = String;
-    const ALLOWED: &'static str = "auto, avx512, avx2, sse2 or portable";
+    const ALLOWED: &'static str = "auto, avx512, avx2, sse2, words or portable";
 
     fn read(text: &str) -> Option<String> {
-        matches!(text, "auto" | "avx512" | "avx2" | "sse2" | "portable").then(|| text.to_owned())
+        matches!(text, "auto" | "avx512" | "avx2" | "sse2" | "words" | "portable").then(|| text.to_owned())
     }
 
     fn write(value: &String) -> String {

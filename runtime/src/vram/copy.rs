@@ -70,6 +70,8 @@ const LINE: usize = 64;
 pub enum CopyKind {
     /// The C library's memcpy and memset.
     Portable,
+    /// Words of 8 bytes, one by one: what an emulated processor does best.
+    Words,
     /// 16-byte vectors.
     Sse2,
     /// 32-byte vectors.
@@ -80,24 +82,25 @@ pub enum CopyKind {
 
 impl CopyKind {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Portable, Self::Sse2, Self::Avx2, Self::Avx512];
+    pub const ALL: [Self; 5] = [Self::Portable, Self::Words, Self::Sse2, Self::Avx2, Self::Avx512];
 
     /// Whether this processor can.
     pub fn is_supported(self) -> bool {
         #[cfg(target_arch = "x86_64")]
         return match self {
-            Self::Portable | Self::Sse2 => true,
+            Self::Portable | Self::Words | Self::Sse2 => true,
             Self::Avx2 => std::arch::is_x86_feature_detected!("avx2"),
             Self::Avx512 => std::arch::is_x86_feature_detected!("avx512f"),
         };
         #[cfg(not(target_arch = "x86_64"))]
-        return self == Self::Portable;
+        return matches!(self, Self::Portable | Self::Words);
     }
 
     /// As written in `USVM_CONF="copy=…"`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Portable => "portable",
+            Self::Words => "words",
             Self::Sse2 => "sse2",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
@@ -105,9 +108,12 @@ impl CopyKind {
     }
 
     fn ops(self) -> &'static Ops {
+        if self == Self::Words {
+            return &WORDS;
+        }
         #[cfg(target_arch = "x86_64")]
         match self {
-            Self::Portable => {}
+            Self::Portable | Self::Words => {}
             Self::Sse2 => return &x86::SSE2,
             Self::Avx2 => return &x86::AVX2,
             Self::Avx512 => return &x86::AVX512,
@@ -127,7 +133,7 @@ impl FromStr for CopyKind {
 
     fn from_str(s: &str) -> std::result::Result<Self, String> {
         let known = Self::ALL.into_iter().find(|k| k.name() == s);
-        known.ok_or_else(|| format!("`{s}` is not one of portable, sse2, avx2, avx512"))
+        known.ok_or_else(|| format!("`{s}` is not one of portable, words, sse2, avx2, avx512"))
     }
 }
 
@@ -164,6 +170,7 @@ struct Ops {
 
 static PORTABLE: Ops =
     Ops { stream: fenced_copy, from_wc: fenced_copy, zero: plain_zero, is_zero: plain_is_zero };
+static WORDS: Ops = Ops { stream: word_copy, from_wc: word_copy, zero: plain_zero, is_zero: plain_is_zero };
 
 /// The chosen way to copy. Cheap to copy itself; use it from any thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -289,6 +296,55 @@ unsafe fn fenced_copy(dst: *mut u8, src: *const u8, len: usize) {
     // SAFETY: the caller gives readable, writable, distinct bytes.
     unsafe { plain_copy(dst, src, len) };
     store_fence();
+}
+
+/// Copies by general registers, in assembly so that no compiler makes vectors or a call of it.
+unsafe fn word_copy(dst: *mut u8, src: *const u8, len: usize) {
+    const BLOCK: usize = LINE;
+    let blocks = len / BLOCK;
+    // SAFETY: the caller gives `len` readable and writable, distinct bytes; blocks and tail partition them.
+    unsafe {
+        for block in 0..blocks {
+            let (to, from) = (dst.add(block * BLOCK), src.add(block * BLOCK));
+            let words: [u64; 8] = std::array::from_fn(|i| load_word(from.add(8 * i)));
+            for (i, word) in words.into_iter().enumerate() {
+                store_word(to.add(8 * i), word);
+            }
+        }
+        let done = blocks * BLOCK;
+        plain_copy(dst.add(done), src.add(done), len - done);
+    }
+    store_fence();
+}
+
+#[inline(always)]
+unsafe fn load_word(from: *const u8) -> u64 {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the caller may read 8 bytes; a load takes any alignment.
+    unsafe {
+        let word;
+        std::arch::asm!("mov {}, [{}]", out(reg) word, in(reg) from, options(nostack, preserves_flags, readonly));
+        word
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    // SAFETY: the caller may read 8 bytes.
+    unsafe {
+        from.cast::<u64>().read_unaligned()
+    }
+}
+
+#[inline(always)]
+unsafe fn store_word(to: *mut u8, word: u64) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the caller may write 8 bytes; a store takes any alignment.
+    unsafe {
+        std::arch::asm!("mov [{}], {}", in(reg) to, in(reg) word, options(nostack, preserves_flags));
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    // SAFETY: the caller may write 8 bytes.
+    unsafe {
+        to.cast::<u64>().write_unaligned(word)
+    }
 }
 
 unsafe fn plain_zero(dst: *mut u8, len: usize) {

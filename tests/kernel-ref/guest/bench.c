@@ -62,8 +62,8 @@ static void on(unsigned long cmd, uint64_t at, uint32_t flags)
 	struct usvm_ref_on_range r = { .addr = at, .ctx = rw_ctx };
 
 	r.ctx.flags |= flags;
-	/* A migration of untouched memory answers EBUSY the first time although it happened. */
-	for (int i = 0; i < 3; i++) {
+	/* A migration of untouched memory answers EBUSY the first time although it happened; a busy host adds a few. */
+	for (int i = 0; i < 50; i++) {
 		if (!ioctl(ref_fd, cmd, &r))
 			return;
 		retries++;

@@ -9,6 +9,7 @@
 //! |---|---|
 //! | `--policy NAME` | another policy than `gpusvm`: contents are compared, residency is not |
 //! | `--own-machine` | settings of the system may be changed: it is a virtual machine for this |
+//! | `--ops N` | the first N operations of each trace |
 //! | `--break-byte N`, `--break-place N` | breaks usvm after operation N, to see it noticed |
 
 use std::path::Path;
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
         // Each of the two sides maps up to 16 of them.
         let _ = std::fs::write("/proc/sys/vm/nr_hugepages", "48");
     }
+    let begin = std::time::Instant::now();
     let mut totals = Totals::default();
     for path in &traces {
         let played = trace::read(Path::new(path)).and_then(|trace| play(&trace, &setup));
@@ -57,6 +59,7 @@ fn main() -> ExitCode {
             }
         }
     }
+    println!("live: {:.0} operations a second", totals.operations as f64 / begin.elapsed().as_secs_f64());
     print!("{totals}");
     if totals.differences == 0 && totals.operations > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
@@ -83,6 +86,7 @@ fn arguments(mut args: impl Iterator<Item = String>) -> Result<(Setup, Vec<Strin
         match arg.as_str() {
             "--policy" => setup.policy = value()?,
             "--own-machine" => setup.own_machine = true,
+            "--ops" => setup.operations = number(value()?)?,
             "--break-byte" => setup.sabotage = Some((number(value()?)?, Sabotage::Byte)),
             "--break-place" => setup.sabotage = Some((number(value()?)?, Sabotage::Place)),
             _ => traces.push(arg),

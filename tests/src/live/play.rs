@@ -159,6 +159,9 @@ impl<'a> Player<'a> {
 
     /// Why this machine cannot do the operation.
     fn cannot(&self, op: &Op) -> Option<String> {
+        if op.number >= self.setup.operations {
+            return Some("as many as were asked for".into());
+        }
         if op.name != "mmap" || op.result != "0" {
             return None;
         }

@@ -70,6 +70,8 @@ pub struct Setup {
     pub policy: String,
     /// This machine is for nothing else: its settings may be changed.
     pub own_machine: bool,
+    /// Operations of a trace at most.
+    pub operations: usize,
     /// What to break after which operation.
     pub sabotage: Option<(usize, Sabotage)>,
 }
@@ -77,7 +79,7 @@ pub struct Setup {
 impl Default for Setup {
     /// The kernel's policy, on a machine that others use, too.
     fn default() -> Self {
-        Self { policy: "gpusvm".into(), own_machine: false, sabotage: None }
+        Self { policy: "gpusvm".into(), own_machine: false, operations: usize::MAX, sabotage: None }
     }
 }
 
