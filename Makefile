@@ -6,6 +6,8 @@
 #   make bench [JSON=…]       the measurements of usvm-bench micro
 #   make manpages             man pages and shell completions, into target/man and target/completions
 #   make install              the C library: PREFIX=/usr/local DESTDIR=
+#   make test-programs        real programs without usvm, with it, and under chaos: a table (PROGRAMS="redis java" for some)
+#   make bench-programs       the same programs, plain and preloaded in turn, N=5 times each
 #   make lint                 what CI refuses: formatting, clippy, documentation
 #   make test-opencl-intel    OpenCL and SYCL programs on Intel's runtime for processors (downloads some 3 GB)
 #   make test-kernel-ref      fresh traces of the real kernel's drm_gpusvm in a virtual machine (see tests/kernel-ref)
@@ -13,8 +15,10 @@
 CARGO ?= cargo
 FILE ?=
 JSON ?= target/micro.json
+PROGRAMS ?=
+N ?= 5
 
-.PHONY: all demo test test-opencl-intel bench lint setup clean
+.PHONY: all demo test test-opencl-intel test-programs bench bench-programs preload lint setup clean
 all: demo
 
 setup:
@@ -30,6 +34,16 @@ test: setup
 
 test-opencl-intel: setup
 	sh tests/opencl/intel.sh
+
+preload: setup
+	$(CARGO) build --release --quiet -p usvm-preload -p usvm-preload-heap
+
+test-programs: preload
+	sh tests/programs/run.sh $(PROGRAMS)
+
+bench-programs: preload
+	sh tests/programs/run.sh --bench $(N) $(PROGRAMS)
+	sh tests/programs/run.sh --heap --bench $(N) $(PROGRAMS)
 
 bench: setup
 	$(CARGO) run --release --quiet -p usvm-bench -- micro --json $(JSON)

@@ -22,6 +22,10 @@ step() {
 step cargo test --workspace --no-fail-fast || failed=1
 step cargo run --release --quiet -p usvm-examples --bin demo || failed=1
 grep -qx verified "$log" || { echo "the demo did not end in verified"; failed=1; }
+# Real programs under chaos: what differs is a failure, what is not installed is skipped.
+cargo build --release --quiet -p usvm-preload -p usvm-preload-heap || failed=1
+step sh tests/programs/run.sh --ci || failed=1
+grep -q ' NO: diff' "$log" && failed=1
 if command -v python3 >/dev/null 2>&1; then
     step make --no-print-directory check-kernel-ref || failed=1
 else

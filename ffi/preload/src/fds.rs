@@ -2,13 +2,18 @@
 //!
 //! # Overview
 //! Daemons and sandboxes close every descriptor there may be, or put another one in its place. For the program usvm's
-//! descriptors do not exist: closing one is EBADF, ranges are closed around them, and duplicating onto one is EBUSY.
+//! descriptors do not exist: closing one is EBADF and so is fstat, by which programs look what is open; ranges are closed
+//! around them, and duplicating onto one is EBUSY.
+//!
+//! # Limits
+//! /proc/self/fd lists them. A program that makes these system calls itself reaches them.
 //!
 //! # Safety
 //! Only passes arguments on.
 
-use std::ffi::{c_int, c_uint};
+use std::ffi::{c_int, c_uint, c_void};
 
+use usvm::ground::alloc;
 use usvm::ground::fds::{self, PLACES};
 
 use crate::next::Next;
@@ -23,7 +28,14 @@ static DUP2: Next<unsafe extern "C" fn(c_int, c_int) -> c_int> = unsafe { Next::
 // SAFETY: as above.
 static DUP3: Next<unsafe extern "C" fn(c_int, c_int, c_int) -> c_int> = unsafe { Next::new(c"dup3") };
 
+// SAFETY: as above; the structure is only passed on.
+static FSTAT: Next<unsafe extern "C" fn(c_int, *mut c_void) -> c_int> = unsafe { Next::new(c"fstat") };
+// SAFETY: as above.
+static FSTAT64: Next<unsafe extern "C" fn(c_int, *mut c_void) -> c_int> = unsafe { Next::new(c"fstat64") };
+
 pub(crate) fn look_up() {
+    FSTAT.look_up();
+    FSTAT64.look_up();
     CLOSE.look_up();
     CLOSE_RANGE.look_up();
     DUP2.look_up();
@@ -44,6 +56,26 @@ pub unsafe extern "C" fn close(fd: c_int) -> c_int {
     }
     // SAFETY: the caller's.
     unsafe { CLOSE.get()(fd) }
+}
+
+/// fstat(2).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn fstat(fd: c_int, into: *mut c_void) -> c_int {
+    if fds::is_kept(fd) && !alloc::is_internal() {
+        return refuse(libc::EBADF);
+    }
+    // SAFETY: the caller's.
+    unsafe { FSTAT.get()(fd, into) }
+}
+
+/// fstat(2), by its other name.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn fstat64(fd: c_int, into: *mut c_void) -> c_int {
+    if fds::is_kept(fd) && !alloc::is_internal() {
+        return refuse(libc::EBADF);
+    }
+    // SAFETY: the caller's.
+    unsafe { FSTAT64.get()(fd, into) }
 }
 
 /// dup2(2).

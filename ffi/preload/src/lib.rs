@@ -19,10 +19,13 @@
 //! munmap, madvise, fork and exec need nothing: userfaultfd tells of the first three, and the last ends it all. What
 //! userfaultfd cannot tell: that a thread is about to end (`pthread_create`, `thrd_create`: the kernel writes to the
 //! control block of an ended thread and no fault is served then), that a program closes descriptors it did not open
-//! (`close`, `close_range`, `closefrom`, `dup2`, `dup3`), that it leaves without its exit handlers (`_exit`, `_Exit`).
+//! (`close`, `close_range`, `closefrom`, `dup2`, `dup3`, `fstat`), that it leaves without its exit handlers (`_exit`, `_Exit`).
 //! What it does to mappings that programs can see: `mremap`, `pthread_getattr_np`.
 //!
 //! # Limits
+//! A program that lowers its own RLIMIT_AS after usvm started has usvm's reservations counted against it; a limit that it
+//! was started with is kept. glibc before 2.33 has no `fstat` to pass on to.
+//!
 //! In set-uid programs and with `USVM_ENABLE=0` everything is passed through. Statically linked programs do not load
 //! libraries at all. Threads made by clone(2) itself are not noticed: their memory migrates like any other, and
 //! CLONE_CHILD_CLEARTID of such a thread must not point into memory that a device uses.
@@ -30,6 +33,8 @@
 //! # Safety
 //! Each room says why it holds. Interposed functions have the C library's own signatures.
 #![allow(unsafe_code)]
+// The exported functions are the C library's: their contracts are in its manual.
+#![allow(clippy::missing_safety_doc)]
 
 mod exits;
 mod fds;

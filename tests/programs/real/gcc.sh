@@ -3,9 +3,9 @@ need gcc
 for i in 1 2 3; do
     awk -v n="$i" 'BEGIN {
         print "#include <stdio.h>\n#include <stdlib.h>\n#include <string.h>"
-        for (f = 0; f < 250; f++) printf "static unsigned long f%d(unsigned long x, const char *s) { switch (x %% 7) { case 0: return x * %dul + strlen(s); case 1: for (int i = 0; i < 9; i++) x ^= x << (i + %d) %% 13; return x; default: return x / %d + s[0]; } }\n", f, f * 37 + n, f, f % 11 + 1
+        for (f = 0; f < 120; f++) printf "static unsigned long f%d(unsigned long x, const char *s) { switch (x %% 7) { case 0: return x * %dul + strlen(s); case 1: for (int i = 0; i < 9; i++) x ^= x << (i + %d) %% 13; return x; default: return x / %d + s[0]; } }\n", f, f * 37 + n, f, f % 11 + 1
         printf "unsigned long part%d(unsigned long x) {", n
-        for (f = 0; f < 250; f++) printf " x += f%d(x, \"%d\");", f, f * f
+        for (f = 0; f < 120; f++) printf " x += f%d(x, \"%d\");", f, f * f
         print " return x; }"
     }' >part$i.c
 done

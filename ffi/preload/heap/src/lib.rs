@@ -16,7 +16,7 @@
 //! The functions have C's and C++'s contracts, which their callers keep. No function here allocates on its way, so none is
 //! entered again from itself.
 #![allow(unsafe_code)]
-// Said once above, for all of them.
+// The exported functions are the C library's: their contracts are in its manual.
 #![allow(clippy::missing_safety_doc)]
 
 mod operators;

@@ -1,0 +1,336 @@
+//! What the preload library must survive: small C programs, each run without it, with it, and under chaos. What they print
+//! and how they end must be the same to the byte.
+//!
+//! The programs are in `tests/programs/c`. Real programs are run by `tests/programs/run.sh`.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use usvm_tests::isolated::skipped;
+
+/// Longer than any program takes, also on a busy machine.
+const LIMIT: Duration = Duration::from_secs(90);
+
+/// Races want the processors for themselves: one program at a time.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ has a parent").to_owned()
+}
+
+/// The folder with both libraries, built once.
+fn libraries() -> &'static Path {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    BUILT.get_or_init(|| {
+        let status = Command::new(env!("CARGO"))
+            .args(["build", "--release", "--quiet", "-p", "usvm-preload", "-p", "usvm-preload-heap"])
+            .current_dir(root())
+            .status()
+            .expect("cargo runs");
+        assert!(status.success(), "the preload libraries are built");
+        let exe = std::env::current_exe().expect("the test's own path");
+        let target = exe.ancestors().nth(3).expect("target/debug/deps/test");
+        target.join("release")
+    })
+}
+
+fn scratch() -> &'static Path {
+    static DIR: OnceLock<PathBuf> = OnceLock::new();
+    DIR.get_or_init(|| {
+        let dir = libraries().join("../programs/c");
+        fs::create_dir_all(&dir).expect("a folder under target/");
+        dir.canonicalize().expect("it is there")
+    })
+}
+
+/// Compiles `tests/programs/c/SOURCE` to `name`.
+fn compile(source: &str, name: &str, options: &[&str]) -> PathBuf {
+    let program = scratch().join(name);
+    let compiler = if source.ends_with(".cc") { "c++" } else { "cc" };
+    let status = Command::new(compiler)
+        .args(["-O1", "-w", "-o"])
+        .arg(&program)
+        .arg(root().join("tests/programs/c").join(source))
+        .args(["-pthread", "-ldl"])
+        .args(options)
+        .status()
+        .expect("a C compiler");
+    assert!(status.success(), "{source} compiles");
+    program
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Mode {
+    Off,
+    On,
+    Chaos(u64),
+    Heap,
+    HeapChaos(u64),
+}
+
+fn command(program: &Path, args: &[&str], mode: Mode) -> Command {
+    let preload = libraries().join("libusvm_preload.so");
+    let both = format!("{}:{}", libraries().join("libusvm_heap.so").display(), preload.display());
+    let mut command = Command::new(program);
+    command.args(args).stdin(Stdio::null()).env("USVM_STATS_FILE", stats_file());
+    match mode {
+        Mode::Off => &mut command,
+        Mode::On => command.env("LD_PRELOAD", preload),
+        Mode::Chaos(seed) => command.env("LD_PRELOAD", preload).env("USVM_CHAOS", format!("3000,{seed}")),
+        Mode::Heap => command.env("LD_PRELOAD", both).env("USVM_HEAP", "1"),
+        Mode::HeapChaos(seed) => {
+            command.env("LD_PRELOAD", both).env("USVM_HEAP", "1").env("USVM_CHAOS", format!("3000,{seed}"))
+        }
+    };
+    command
+}
+
+fn stats_file() -> PathBuf {
+    scratch().join("stats.%p")
+}
+
+/// Migrations that processes told of since the last call.
+fn migrations() -> u64 {
+    let mut sum = 0;
+    for entry in fs::read_dir(scratch()).expect("the folder").flatten() {
+        if entry.file_name().to_string_lossy().starts_with("stats.") {
+            let text = fs::read_to_string(entry.path()).unwrap_or_default();
+            let numbers = text.split(['{', ',', '}']).filter(|field| field.contains("\"migrations_"));
+            sum += numbers.filter_map(|n| n.rsplit(':').next()?.trim().parse::<u64>().ok()).sum::<u64>();
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+    sum
+}
+
+/// Runs it to its end, which must come.
+fn run(mut command: Command) -> Output {
+    let mut child =
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the program starts");
+    let deadline = Instant::now() + LIMIT;
+    while child.try_wait().expect("a child can be waited for").is_none() {
+        if Instant::now() > deadline {
+            child.kill().expect("our own child");
+            let out = child.wait_with_output().expect("its output");
+            panic!("{command:?} hangs; it said: {}", String::from_utf8_lossy(&out.stdout));
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    child.wait_with_output().expect("its output")
+}
+
+fn told(output: &Output) -> String {
+    let end = match output.status.code() {
+        Some(code) => format!("code {code}"),
+        None => format!("signal {:?}", output.status.signal()),
+    };
+    format!("{}{end}", String::from_utf8_lossy(&output.stdout))
+}
+
+/// Runs `program` in all modes. Under chaos something must have migrated, if it tells.
+#[track_caller]
+fn the_same(program: &Path, args: &[&str], modes: &[Mode], tells: bool) {
+    let _alone = alone();
+    let expected = told(&run(command(program, args, Mode::Off)));
+    migrations();
+    for mode in modes {
+        let output = run(command(program, args, *mode));
+        let is = told(&output);
+        assert_eq!(is, expected, "{mode:?}: {}", String::from_utf8_lossy(&output.stderr));
+        let moved = migrations();
+        match mode {
+            Mode::Chaos(_) | Mode::HeapChaos(_) if tells => assert!(moved > 0, "{mode:?}: nothing migrated"),
+            Mode::On | Mode::Heap => assert_eq!(moved, 0, "nothing asked for a runtime"),
+            _ => {}
+        }
+    }
+}
+
+const ALL: &[Mode] = &[Mode::On, Mode::Chaos(1), Mode::Chaos(2)];
+const HEAPS: &[Mode] = &[Mode::Heap, Mode::HeapChaos(1)];
+
+#[test]
+fn own_signal_handlers() {
+    the_same(&compile("handlers.c", "handlers", &[]), &[], ALL, true);
+}
+
+#[test]
+fn every_descriptor_closed() {
+    the_same(&compile("closes.c", "closes", &[]), &[], ALL, true);
+}
+
+#[test]
+fn forks_of_all_kinds() {
+    the_same(&compile("forks.c", "forks", &[]), &[], ALL, true);
+}
+
+#[test]
+fn threads_that_end_in_every_way() {
+    the_same(&compile("threads.c", "threads", &[]), &[], ALL, true);
+}
+
+#[test]
+fn mappings_under_the_programs_hands() {
+    the_same(&compile("maps.c", "maps", &[]), &[], ALL, true);
+}
+
+#[test]
+fn a_limited_address_space() {
+    let program = compile("maps.c", "maps-limited", &[]);
+    let limited = format!("ulimit -v 3000000; exec {}", program.display());
+    // The shell is under chaos, too, until it execs.
+    the_same(Path::new("/bin/sh"), &["-c", &limited], &[Mode::On, Mode::Chaos(1)], true);
+}
+
+#[test]
+fn libraries_opened_late() {
+    let program = compile("opens.c", "opens", &[]);
+    for i in 0..6 {
+        compile("constructor.c", &format!("libconstructor{i}.so"), &["-shared", "-fPIC"]);
+    }
+    let folder = scratch().to_str().expect("a plain path").to_owned();
+    the_same(&program, &[&folder], ALL, true);
+}
+
+#[test]
+fn memory_that_knows_its_contents() {
+    let program = compile("churn.c", "churn", &[]);
+    the_same(&program, &["3", "3", "0"], &[Mode::On, Mode::Chaos(1), Mode::HeapChaos(2)], true);
+    the_same(&program, &["3", "2", "1"], &[Mode::Chaos(3)], true);
+}
+
+#[test]
+fn the_end_in_every_way() {
+    let program = compile("ends.c", "ends", &[]);
+    for how in ["return", "exit", "quick", "thread", "_exit"] {
+        // at_quick_exit's functions run before the library could tell; the others tell.
+        the_same(&program, &[how, "37"], ALL, how != "quick");
+    }
+    for how in ["abort", "kill"] {
+        the_same(&program, &[how, "37"], ALL, false);
+    }
+}
+
+#[test]
+fn the_malloc_family() {
+    let program = compile("heapuse.cc", "heapuse", &["-std=c++17"]);
+    the_same(&program, &[], &[Mode::On, Mode::Chaos(1)], false);
+    the_same(&program, &[], HEAPS, false);
+    let _alone = alone();
+    let owned = run(command(&program, &["owned"], Mode::Heap));
+    assert!(owned.status.success(), "blocks are usvm's: {}", told(&owned));
+    let mut bare = command(&program, &[], Mode::On);
+    bare.env("USVM_HEAP", "1");
+    let bare = run(bare);
+    assert!(bare.status.success());
+    assert!(String::from_utf8_lossy(&bare.stderr).contains("libusvm_heap.so"), "it says what is missing");
+}
+
+#[test]
+fn the_heap_under_threads_forks_and_signals() {
+    for source in ["handlers.c", "forks.c", "threads.c", "closes.c"] {
+        let program = compile(source, &format!("{source}-heap"), &[]);
+        the_same(&program, &[], HEAPS, true);
+    }
+}
+
+#[test]
+fn switched_off_it_does_nothing() {
+    let _alone = alone();
+    let program = compile("threads.c", "threads-off", &[]);
+    let expected = told(&run(command(&program, &[], Mode::Off)));
+    migrations();
+    let mut off = command(&program, &[], Mode::Chaos(1));
+    off.env("USVM_ENABLE", "0");
+    assert_eq!(told(&run(off)), expected);
+    assert_eq!(migrations(), 0);
+}
+
+#[test]
+fn a_filter_that_forbids_userfaultfd() {
+    let _alone = alone();
+    let filtered = compile("filtered.c", "filtered", &[]);
+    let program = compile("maps.c", "maps-filtered", &[]);
+    let expected = told(&run(command(&program, &[], Mode::Off)));
+    migrations();
+    for verdict in ["errno", "kill"] {
+        let output =
+            run(command(&filtered, &[verdict, program.to_str().expect("a plain path")], Mode::Chaos(1)));
+        if output.status.code() == Some(77) {
+            return skipped("seccomp filters are not allowed here");
+        }
+        assert_eq!(told(&output), expected, "{verdict}");
+        // The program that sets the filter ran under chaos itself, until it exec'ed.
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(said.contains("no chaos in process"), "{verdict}: {said}");
+    }
+}
+
+#[test]
+fn statically_linked_programs_do_not_notice() {
+    let program = compile("maps.c", "maps-static", &["-static"]);
+    the_same(&program, &[], &[Mode::On], false);
+    let _alone = alone();
+    run(command(&program, &[], Mode::Chaos(1)));
+    assert_eq!(migrations(), 0, "nothing is loaded there");
+}
+
+#[test]
+fn set_uid_programs_run_without_it() {
+    let _alone = alone();
+    let program = compile("maps.c", "maps-setuid", &[]);
+    // SAFETY: asks who runs this.
+    if unsafe { libc::geteuid() } != 0 || std::os::unix::fs::chown(&program, Some(65534), None).is_err() {
+        return skipped("only root can make a set-uid program");
+    }
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o4755)).expect("our own file");
+    migrations();
+    // Named without a slash the library is searched in trusted folders only, and not found: that is said, no more.
+    let output = run(command(&program, &[], Mode::Chaos(1)));
+    let expected = told(&run(command(&compile("maps.c", "maps-plain", &[]), &[], Mode::Off)));
+    assert_eq!(told(&output), expected);
+    assert_eq!(migrations(), 0);
+}
+
+#[test]
+fn opened_by_dlopen_in_a_running_program() {
+    let _alone = alone();
+    let source = scratch().join("late.c");
+    fs::write(
+        &source,
+        r#"
+#include <dlfcn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+int main(int argc, char **argv) {
+    unsigned n = 1 << 18, sum = 0, *p = malloc(n * 4);
+    for (unsigned i = 0; i < n; i++) p[i] = i;
+    void *lib = dlopen(argv[1], RTLD_NOW);
+    if (!lib) { puts(dlerror()); return 1; }
+    for (int round = 0; round < 40; round++) { usleep(2000); for (unsigned i = 0; i < n; i++) sum = sum * 31 + p[i]++; }
+    dlclose(lib);
+    printf("%x\n", sum);
+}
+"#,
+    )
+    .expect("a file under target/");
+    let program = compile(source.to_str().expect("a plain path"), "late", &[]);
+    let library = libraries().join("libusvm_preload.so");
+    let library = library.to_str().expect("a plain path");
+    let expected = told(&run(command(&program, &["libm.so.6"], Mode::Off)));
+    migrations();
+    let mut late = command(&program, &[library], Mode::Off);
+    late.env("USVM_CHAOS", "3000");
+    let output = run(late);
+    assert_eq!(told(&output), expected, "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(migrations() > 0, "chaos began in the background");
+}
