@@ -9,7 +9,6 @@
 //! staticlib.
 
 pub mod api;
-mod heap;
 pub mod interpose;
 pub mod process;
 

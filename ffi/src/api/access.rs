@@ -8,7 +8,7 @@
 //! A thread that ends with accesses open leaves them to `usvm_space_destroy`.
 //!
 //! # Safety
-//! Pointers go through [`super::user`]; ranges are addresses here and never followed.
+//! Pointers go through `super::user`; ranges are addresses here and never followed.
 #![allow(unsafe_code)]
 
 use std::sync::{MutexGuard, PoisonError};

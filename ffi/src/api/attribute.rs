@@ -1,7 +1,7 @@
 //! What is known about a range.
 //!
 //! # Safety
-//! Pointers go through [`super::user`]; ranges are addresses here and never followed.
+//! Pointers go through `super::user`; ranges are addresses here and never followed.
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;

@@ -1,7 +1,7 @@
 //! Devices.
 //!
 //! # Safety
-//! Pointers go through [`super::user`].
+//! Pointers go through `super::user`.
 #![allow(unsafe_code)]
 
 use std::ffi::c_char;

@@ -1,12 +1,12 @@
 //! What handles name.
 //!
 //! # Overview
-//! A handle is a number: kind, generation, index. [`Slots`] is a table of one kind; a slot's generation grows when its
-//! entry goes, so an old handle never names the new entry. [`Tables`] has them all, and counts `usvm_init`.
+//! A handle is a number: kind, generation, index. `Slots` is a table of one kind; a slot's generation grows when its
+//! entry goes, so an old handle never names the new entry. `Tables` has them all, and counts `usvm_init`.
 //!
 //! # Locking
-//! [`lock`] is for application threads only and for a few instructions; nothing is called with it held. It is held across
-//! fork ([`super::fork`]).
+//! `lock` is for application threads only and for a few instructions; nothing is called with it held. It is held across
+//! fork (`super::fork`).
 //!
 //! # Limits
 //! A slot is used 2^28 times before one of its handles comes again.

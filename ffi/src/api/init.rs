@@ -4,7 +4,7 @@
 //! Options are checked even where a running usvm does not take them any more.
 //!
 //! # Safety
-//! Pointers go through [`super::user`].
+//! Pointers go through `super::user`.
 #![allow(unsafe_code)]
 
 use usvm::Config;

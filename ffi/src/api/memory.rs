@@ -5,7 +5,7 @@
 //! memory there.
 //!
 //! # Safety
-//! Pointers go through [`super::user`]; ranges are addresses here and never followed.
+//! Pointers go through `super::user`; ranges are addresses here and never followed.
 #![allow(unsafe_code)]
 
 use std::ffi::{c_int, c_void};

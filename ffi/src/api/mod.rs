@@ -1,13 +1,13 @@
 //! The functions of `include/usvm.h`, one file for each of its sections.
 //!
 //! # Overview
-//! [`types`] has the C types; [`result`] the error codes, the thread's last error and the frame around every call;
-//! [`user`] reads and writes the caller's memory without trusting its pointers; [`handles`] keeps what handles name.
+//! [`types`] has the C types; `result` the error codes, the thread's last error and the frame around every call;
+//! `user` reads and writes the caller's memory without trusting its pointers; `handles` keeps what handles name.
 //! Then the sections: [`init`], [`device`], [`space`], [`heap`], [`memory`], [`access`], [`attribute`], [`notify`],
 //! [`stats`].
 //!
 //! # Locking
-//! One mutex over all handles ([`handles::lock`]), for application threads only: usvm's service threads never take it,
+//! One mutex over all handles (`handles::lock`), for application threads only: usvm's service threads never take it,
 //! so a holder whose stack is on a device gets it back. It is never held over a call into the runtime or a callback.
 //!
 //! # Limits

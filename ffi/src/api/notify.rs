@@ -13,7 +13,7 @@
 //! both ways is told once: it stands in the list of told changes from before the system call until its events went
 //! through the hub.
 //!
-//! A notifier hears of events that were queued after it was registered ([`Notifier::born`]): an event that is late is of
+//! A notifier hears of events that were queued after it was registered (`Notifier::born`): an event that is late is of
 //! a mapping that was there before.
 //!
 //! # Locking

@@ -1,7 +1,7 @@
 //! Results, the thread's last error, and the frame around every call.
 //!
 //! # Overview
-//! [`call`] is the frame: inside it this thread's allocations come from usvm's own memory, changes of mappings are
+//! `call` is the frame: inside it this thread's allocations come from usvm's own memory, changes of mappings are
 //! usvm's own and not told to notifiers, a failure is written down for `usvm_last_error`, and a panic is a result.
 //!
 //! # Safety

@@ -1,7 +1,7 @@
 //! Statistics.
 //!
 //! # Safety
-//! Pointers go through [`super::user`].
+//! Pointers go through `super::user`.
 #![allow(unsafe_code)]
 
 use std::ffi::c_char;
