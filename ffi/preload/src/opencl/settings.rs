@@ -7,8 +7,10 @@
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Once, OnceLock};
+use std::time::{Duration, Instant};
 
 use usvm::ground::config::Origin;
+use usvm::ground::thread;
 use usvm::{Config, Runtime};
 
 use super::loaders;
@@ -60,7 +62,7 @@ pub fn runtime() -> Option<&'static Runtime> {
         .get_or_init(|| match usvm_ffi::process::acquire(None) {
             Ok(runtime) => {
                 at_exit(release);
-                Some(runtime)
+                all_at_work().then_some(runtime)
             }
             Err(e) => {
                 eprintln!("usvm: OpenCL launches are only observed: {e}");
@@ -68,6 +70,16 @@ pub fn runtime() -> Option<&'static Runtime> {
             }
         })
         .as_ref()
+}
+
+/// Waits until every thread of the runtime does its own work. One that begins still reads what the standard library
+/// allocated for it in the program's heap: were that page away by then, nobody would bring it back.
+fn all_at_work() -> bool {
+    let until = Instant::now() + Duration::from_secs(10);
+    while !thread::all_started() && Instant::now() < until {
+        std::thread::sleep(Duration::from_micros(100));
+    }
+    thread::all_started()
 }
 
 /// The process whose counts these are.
