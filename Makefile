@@ -5,7 +5,7 @@
 #   make test                 all tests
 #   make bench [JSON=…]       the measurements of usvm-bench micro
 #   make manpages             man pages and shell completions, into target/man and target/completions
-#   make install              the C library: PREFIX=/usr/local DESTDIR=
+#   make install              the usvm program and the C library: PREFIX=/usr/local DESTDIR=
 #   make test-programs        real programs without usvm, with it, and under chaos: a table (PROGRAMS="redis java" for some)
 #   make bench-programs       the same programs, plain and preloaded in turn, N=5 times each
 #   make lint                 what CI refuses: formatting, clippy, documentation
@@ -64,13 +64,26 @@ manpages:
 	$(USVM) completions zsh >target/completions/_usvm
 	$(USVM) completions fish >target/completions/usvm.fish
 
-# The C library: libusvm.so and .a, headers, usvm.pc, CMake package.
+# The usvm program with its preload libraries, man pages and completions; the C library: libusvm.so and .a, headers,
+# usvm.pc, CMake package.
 PREFIX ?= /usr/local
 DESTDIR ?=
-.PHONY: install
-install:
+BUILT = $${CARGO_TARGET_DIR:-target}/release
+.PHONY: install install-lib install-program
+install: install-lib install-program
+
+install-lib:
 	$(CARGO) build --release --quiet -p usvm-ffi --lib
-	sh ffi/install.sh "$${CARGO_TARGET_DIR:-target}/release/libusvm_ffi.a" "$(PREFIX)" "$(DESTDIR)"
+	sh ffi/install.sh "$(BUILT)/libusvm_ffi.a" "$(PREFIX)" "$(DESTDIR)"
+
+install-program: manpages
+	$(CARGO) build --release --quiet -p usvm-preload -p usvm-preload-heap
+	install -D -t "$(DESTDIR)$(PREFIX)/bin" "$(BUILT)/usvm"
+	install -D -m 644 -t "$(DESTDIR)$(PREFIX)/lib/usvm" "$(BUILT)/libusvm_preload.so" "$(BUILT)/libusvm_heap.so"
+	install -D -m 644 -t "$(DESTDIR)$(PREFIX)/share/man/man1" target/man/*.1
+	install -D -m 644 target/completions/usvm.bash "$(DESTDIR)$(PREFIX)/share/bash-completion/completions/usvm"
+	install -D -m 644 -t "$(DESTDIR)$(PREFIX)/share/zsh/site-functions" target/completions/_usvm
+	install -D -m 644 -t "$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d" target/completions/usvm.fish
 
 clean:
 	$(CARGO) clean

@@ -17,6 +17,10 @@ wanted=""
 # The C library's tests: the ways of finding a library, and Unified Memory Framework's wheel, which needs hwloc.
 command -v cmake >/dev/null 2>&1 || wanted="$wanted cmake"
 command -v pkg-config >/dev/null 2>&1 || wanted="$wanted pkg-config"
+# Real programs that run under chaos.
+command -v sqlite3 >/dev/null 2>&1 || wanted="$wanted sqlite3"
+command -v redis-server >/dev/null 2>&1 || wanted="$wanted redis-server redis-tools"
+/usr/bin/python3 -c 'import numpy' >/dev/null 2>&1 || wanted="$wanted python3-numpy"
 python3 -c 'import ensurepip, venv' >/dev/null 2>&1 || wanted="$wanted python3-venv"
 ldconfig -p 2>/dev/null | grep -q 'libhwloc\.so\.15 ' || wanted="$wanted libhwloc15"
 

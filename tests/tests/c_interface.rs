@@ -1,6 +1,6 @@
 //! The C interface, from C and C++ programs against an installed tree.
 //!
-//! `make install` puts everything into a staging folder once; each test compiles one program of `tests/c` or `examples`
+//! `make install-lib` puts everything into a staging folder once; each test compiles one program of `tests/c` or `examples`
 //! against that and runs it. A program checks itself, says so in its last line, and aborts otherwise.
 
 use std::os::unix::process::CommandExt;
@@ -48,7 +48,7 @@ fn stage() -> &'static Path {
         destination.push(&stage);
         tool(
             Command::new("make")
-                .args(["--no-print-directory", "install", "PREFIX=/usr"])
+                .args(["--no-print-directory", "install-lib", "PREFIX=/usr"])
                 .arg(destination)
                 .env("CARGO_TARGET_DIR", target())
                 .current_dir(root()),

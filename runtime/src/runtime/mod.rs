@@ -77,6 +77,9 @@ const CHECK_PAGES_THRESHOLD: u64 = SZ_64K;
 /// How many times its configured time a range that ping-pongs stays on the device at most.
 const LONGEST_STAY: u32 = 64;
 
+/// How long the start waits for threads that do not begin.
+const LONGEST_START: Duration = Duration::from_secs(2);
+
 /// A place memory can be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Location {
@@ -253,6 +256,7 @@ fn start(builder: Builder) -> Result<Runtime> {
     publish(&inner)?;
     let runtime = Runtime { handle: Arc::new(Handle(inner)) };
     runtime.inner().start_threads()?;
+    wait_for_threads();
     if let Some(started) = ON_START.get() {
         alloc::external(|| started(&runtime));
     }
@@ -270,6 +274,16 @@ pub fn on_start(f: fn(&Runtime)) {
 
 fn failed(e: std::io::Error) -> Error {
     Error::os("clone", Errno(e.raw_os_error().unwrap_or(libc::EAGAIN)))
+}
+
+/// Waits until every thread does its own work. One that begins still reads what the standard library allocated for it in
+/// the program's heap: were that page away by then, nobody would bring it back. Bounded, because a caller that is inside
+/// the dynamic linker may hold a lock that a thread needs to begin.
+fn wait_for_threads() {
+    let until = Instant::now() + LONGEST_START;
+    while !thread::all_started() && Instant::now() < until {
+        std::thread::sleep(Duration::from_micros(50));
+    }
 }
 
 /// Makes it the process's runtime; there can be one.
