@@ -284,10 +284,11 @@ fresh() {
     judge "$work"/out/*.trace
 }
 
-# Both in one boot: the kernel's times, then usvm's. COPY picks usvm's way to copy, otherwise it measures.
+# Both in one boot: the kernel's times, then usvm's. COPY picks usvm's way to copy (otherwise it measures), SPIN_US how long
+# service threads spin: not at all, because with two emulated processors they would take them from the thread that moves.
 bench() {
     scratch
-    printf '%s\n' bench "run usvm-live bench /out/usvm-bench.json ${COPY:-}" >"$work/jobs"
+    printf '%s\n' bench "run usvm-live bench /out/usvm-bench.json ${COPY:-auto} ${SPIN_US:-0}" >"$work/jobs"
     build_live
     # Without idle=poll the host's scheduler decides how long an emulated processor takes to wake.
     BOOT_ARGS="idle=poll ${BOOT_ARGS:-}" boot "$work"
