@@ -41,7 +41,7 @@ def main():
     kernel, k = rows(sys.argv[1])
     usvm, u = rows(sys.argv[2])
     base = [r["memcpy_2m"] for r in (k, u)]
-    print(f"Kernel {kernel['kernel']}, usvm {usvm['usvm']} with copy={usvm['copy']}; the kernel's memcpy of 2 MiB took "
+    print(f"Kernel {kernel['kernel']}, usvm {usvm['usvm']} with {usvm['options']}; the kernel's memcpy of 2 MiB took "
           f"{base[0]['median']:.0f} µs beside the kernel's rows and {base[1]['median']:.0f} µs beside usvm's (medians, "
           f"n = {base[0]['n']} and {base[1]['n']}).\n")
     print("| 2 MiB | pages | drm_gpusvm | usvm | usvm / drm_gpusvm |")

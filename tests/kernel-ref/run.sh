@@ -4,7 +4,7 @@
 # records traces, checks them and replays them through usvm's space. See README.md.
 #
 #   run.sh            fresh random traces: SEED (default: the time), OPS in all (default 100000), CONFIGS (default: all);
-#                     usvm-live plays LIVE_OPS of each (default 300) in the machine, and all of them here
+#                     usvm-live plays LIVE_OPS of each (default 500) in the machine, and all of them here
 #   run.sh record     the traces that are kept: traces/*.trace.xz
 #   run.sh bench      times of the kernel's operations and of usvm's beside them, as JSON on BENCH_OUT (default: the cache)
 #   run.sh relock     resolves the packages anew with debootstrap and writes packages.lock
@@ -270,9 +270,10 @@ fresh() {
     local seed=${SEED:-$(date +%s)} ops=${OPS:-100000}
     say "SEED=$seed OPS=$ops"
     random_jobs "$seed" "$ops" >"$work/jobs"
+    # Two threads that race on emulated processors may take minutes: that script is in the kept traces.
     local s
-    for s in "$here"/scripts/*.ops; do s=${s##*/}; echo "script ${s%.ops}"; done >>"$work/jobs"
-    echo "run usvm-live --own-machine --ops ${LIVE_OPS:-300} /out/*.trace" >>"$work/jobs"
+    for s in "$here"/scripts/*.ops; do s=${s##*/}; echo "script ${s%.ops}"; done | grep -v race >>"$work/jobs"
+    echo "run usvm-live --own-machine --ops ${LIVE_OPS:-500} /out/*.trace" >>"$work/jobs"
     build_live
     replay "$here"/traces/*.trace.xz | tail -n 1 | sed 's/^/kept traces: /' # before the machine, so that it is built
     boot "$work"
@@ -283,10 +284,11 @@ fresh() {
     judge "$work"/out/*.trace
 }
 
-# Both in one boot: the kernel's times, then usvm's. COPY picks usvm's way to copy, otherwise it measures.
+# Both in one boot: the kernel's times, then usvm's. COPY picks usvm's way to copy (otherwise it measures), SPIN_US how long
+# service threads spin: not at all, because with two emulated processors they would take them from the thread that moves.
 bench() {
     scratch
-    printf '%s\n' bench "run usvm-live bench /out/usvm-bench.json ${COPY:-}" >"$work/jobs"
+    printf '%s\n' bench "run usvm-live bench /out/usvm-bench.json ${COPY:-auto} ${SPIN_US:-0}" >"$work/jobs"
     build_live
     # Without idle=poll the host's scheduler decides how long an emulated processor takes to wake.
     BOOT_ARGS="idle=poll ${BOOT_ARGS:-}" boot "$work"

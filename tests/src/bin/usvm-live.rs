@@ -3,7 +3,7 @@
 //! `usvm-live [OPTION]... TRACE[.xz]...` ends in `live: N operations, M traces, K unexplained differences`; exit status 1
 //! if K is not 0.
 //!
-//! `usvm-live bench OUT.json [COPY]` measures instead, with that way to copy or with the fastest.
+//! `usvm-live bench OUT.json [COPY [SPIN_US]]` measures instead, with these options of usvm's; `auto` is the fastest copy.
 //!
 //! | option | |
 //! |---|---|
@@ -30,7 +30,7 @@ const SHOWN: usize = 10;
 fn main() -> ExitCode {
     let mut args = std::env::args().skip(1);
     if args.next().is_some_and(|arg| arg == "bench") {
-        return measure(args.next(), args.next());
+        return measure(&args.collect::<Vec<_>>());
     }
     let (setup, traces) = match arguments(std::env::args().skip(1)) {
         Ok(read) => read,
@@ -64,10 +64,13 @@ fn main() -> ExitCode {
     if totals.differences == 0 && totals.operations > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-fn measure(out: Option<String>, copy: Option<String>) -> ExitCode {
-    let written = out
-        .ok_or_else(|| "bench needs a file".to_owned())
-        .and_then(|out| std::fs::write(&out, bench::run(copy)?).map_err(|e| format!("{out}: {e}")));
+fn measure(args: &[String]) -> ExitCode {
+    let word = |i: usize| args.get(i).map(String::as_str);
+    let spin_us = word(2).and_then(|text| text.parse().ok());
+    let written = word(0).ok_or_else(|| "bench needs a file".to_owned()).and_then(|out| {
+        let json = bench::run(word(1).unwrap_or("auto"), spin_us)?;
+        std::fs::write(out, json).map_err(|e| format!("{out}: {e}"))
+    });
     match written {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {

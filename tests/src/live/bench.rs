@@ -32,8 +32,6 @@ use usvm::{Builder, Config, GpuAccess, Runtime};
 const ROUNDS: usize = 17;
 const WARM: usize = 2;
 const MANY: usize = 64;
-/// How long usvm's service threads look for the next fault before they sleep.
-const SPIN_US: u64 = 50_000;
 /// Where it measures: the arena of the kernel's driver.
 const ARENA: u64 = 0x10_0000_0000;
 
@@ -76,24 +74,25 @@ struct Bench {
     rows: Vec<Row>,
 }
 
-/// Measures everything and gives the JSON. `copy`: the option of that name, `None` to measure.
+/// Measures everything and gives the JSON. `copy`: the option of that name, `auto` to measure. `spin_us`: likewise, `None`
+/// is usvm's default.
 ///
 /// # Errors
 /// What could not be measured.
-pub fn run(copy: Option<String>) -> Outcome<String> {
+pub fn run(copy: &str, spin_us: Option<u64>) -> Outcome<String> {
     let mut baseline = Baseline::open();
     if baseline.module.is_some() {
         // The module's device memory lies in huge pages; so may the simulated device's. The machine is for this alone.
         let _ = std::fs::write("/sys/kernel/mm/transparent_hugepage/shmem_enabled", "always");
     }
     let (chosen, mut rows) = copies(&mut baseline)?;
-    let copy = copy.unwrap_or(chosen);
+    let copy = if copy == "auto" { chosen } else { copy.to_owned() };
     let mut config = Config::default();
     config.policy = "gpusvm".into();
     config.copy.clone_from(&copy);
     config.copy_threads = Some(0);
-    // An emulated processor that sleeps is slow to wake.
-    config.spin_us = SPIN_US;
+    config.spin_us = spin_us.unwrap_or(config.spin_us);
+    let chosen = format!("copy={copy};spin_us={}", config.spin_us);
     let device = SimConfig {
         prefault: true,
         recoverable_faults: true,
@@ -108,7 +107,7 @@ pub fn run(copy: Option<String>) -> Outcome<String> {
     }
     bench.fresh(0, false)?;
     rows.append(&mut bench.rows);
-    let json = json(&rows, &bench.baseline, &copy);
+    let json = json(&rows, &bench.baseline, &chosen);
     bench.runtime.shutdown();
     Ok(json)
 }
@@ -378,9 +377,10 @@ fn copies(baseline: &mut Baseline) -> Outcome<(String, Vec<Row>)> {
     Ok((chosen, rows))
 }
 
-fn json(rows: &[Row], baseline: &Baseline, copy: &str) -> String {
+fn json(rows: &[Row], baseline: &Baseline, options: &str) -> String {
     let base = Row::new(baseline.name().into(), baseline.samples.clone());
-    let mut out = format!("{{\"usvm\":\"{}\",\"copy\":\"{copy}\",\"results\":[\n", env!("CARGO_PKG_VERSION"));
+    let mut out =
+        format!("{{\"usvm\":\"{}\",\"options\":\"{options}\",\"results\":[\n", env!("CARGO_PKG_VERSION"));
     for (i, row) in rows.iter().chain([&base]).enumerate() {
         let [best, median, p90] = [0, 5, 9].map(|tenths| row.at(tenths));
         let comma = if i == rows.len() { "" } else { "," };

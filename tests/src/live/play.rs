@@ -201,6 +201,10 @@ impl<'a> Player<'a> {
         if matches!(op.name.as_str(), "mmap" | "munmap" | "mremap" | "mprotect" | "mlock" | "munlock") {
             self.compare_mappings(op);
         }
+        if op.name == "madvise" && op.args.last().is_some_and(|w| w == "free") {
+            let dropped = moved.iter().copied().filter(|&i| was.places[i] == Place::Device);
+            self.give_back(op, dropped.collect());
+        }
         let pages = match op.number % ALL_EVERY {
             0 => (0..self.now.places.len()).collect(),
             _ => self.concerned(op, moved),
@@ -410,8 +414,8 @@ impl<'a> Player<'a> {
         let allowed =
             range_of(self.kernel.range_at(at.unwrap_or(0))).and_then(|s| refusal(op, s, &self.kernel));
         match (done, allowed) {
-            (Err(e), Some((rule, errno))) if e.errno() == errno => self.excuse(rule, 1),
-            (Ok(true), Some((rule @ Rule::ReadOnly, _))) => {
+            (Err(e), Some((rule, errno, _))) if e.errno() == errno => self.excuse(rule, 1),
+            (Ok(true), Some((rule, _, true))) => {
                 self.wrong(Some(op), format_args!("usvm does it, which {rule:?} says it refuses"));
             }
             (Err(e), _) => self.wrong(Some(op), format_args!("usvm: {e}")),
@@ -425,6 +429,7 @@ impl<'a> Player<'a> {
         let span = range.span;
         let stale = range.flags.contains('U');
         match (op.name.as_str(), op.result.as_str()) {
+            ("migrate", "ENOSPC") if stale => return Ok(false),
             ("migrate", "0" | "EBUSY" | "ENOSPC") if self.anonymous(span) => {
                 if stale {
                     served.insert(span)?;
@@ -476,7 +481,7 @@ impl<'a> Player<'a> {
             let value = (op.number as u64) << 20;
             let done = served.store(span, value);
             match (&done, refusal(op, span, &self.kernel)) {
-                (Err(e), Some((rule, errno))) if e.errno() == errno => {
+                (Err(e), Some((rule, errno, _))) if e.errno() == errno => {
                     self.excuse(rule, 1);
                     self.store_by_force(op, span, value);
                     return None;
@@ -511,6 +516,23 @@ impl<'a> Player<'a> {
                 if let Err(e) = Side::force_page(at, &pattern(value + i)) {
                     self.wrong(Some(op), format_args!("{at:#x} cannot be written: {e}"));
                 }
+            }
+        }
+    }
+
+    /// MADV_FREE dropped these pages, which were on the device: both go on with what the kernel kept.
+    fn give_back(&mut self, op: &Op, dropped: Vec<usize>) {
+        let holes = self.holes(&dropped);
+        for i in dropped {
+            let page = self.trace.arena.page_run(i, 1);
+            let zero = holes[i][0] || Side::read_page(page.start) == Some([0; WORDS]);
+            let Some(kept) = Side::read_page(self.twin_of(page.start)).filter(|_| zero) else { continue };
+            let Some(served) = &self.served else { continue };
+            self.report.meant.entry(Rule::Freed).and_modify(|n| *n += 1).or_insert(1);
+            let given = served.let_go(page).map_err(|e| e.to_string());
+            let given = given.and_then(|()| Side::force_page(page.start, &kept).map_err(|e| e.to_string()));
+            if let Err(e) = given {
+                self.wrong(Some(op), format_args!("{page} cannot be given back: {e}"));
             }
         }
     }

@@ -50,16 +50,19 @@ pub enum Rule {
     Recut,
     /// MADV_COLLAPSE.
     Collapse,
+    /// MADV_FREE.
+    Freed,
 }
 
-/// The rule by which usvm refuses what the kernel's range at `at` was asked: exactly then, and with exactly this error.
-pub fn refusal(op: &Op, span: Span, kernel: &Kernel) -> Option<(Rule, i32)> {
+/// The rule by which usvm refuses what the kernel's range `span` was asked, and with exactly which errno; `true`: it must.
+pub fn refusal(op: &Op, span: Span, kernel: &Kernel) -> Option<(Rule, i32, bool)> {
     let vma = kernel.vma_at(span.start)?;
     let read_only = op.args.get(1).is_some_and(|ctx| ctx.split(',').any(|w| w == "ro"));
+    let writes = op.name == "gpuw" || op.name == "pages" && !read_only;
+    let protected = kernel.vmas.iter().any(|v| v.span.overlaps(span) && !v.write);
     match op.name.as_str() {
-        "migrate" if !vma.read => Some((Rule::NoAccess, libc::EFAULT)),
-        "pages" if !read_only && !vma.write => Some((Rule::ReadOnly, libc::EPERM)),
-        "gpuw" if !vma.write => Some((Rule::ReadOnly, libc::EPERM)),
+        "migrate" if !vma.read => Some((Rule::NoAccess, libc::EFAULT, false)),
+        _ if writes && protected => Some((Rule::ReadOnly, libc::EPERM, !vma.write)),
         _ => None,
     }
 }
@@ -112,7 +115,7 @@ meant! {
     Mixed: "one range may be mapped half from the device, half from system memory",
         "it is mapped where it is if all of it is on the device; otherwise it comes home",
         "a range is bound with one entry",
-        "pages, gpuw or gpur of a range of which usvm had a part on the device";
+        "pages, gpuw or gpur of a range of which usvm had a part on the device, or that the kernel then maps mixed";
     Moved: "device pages stay on the device when mremap moves their mapping",
         "they land in the new place as host pages",
         "the new place has no range, and need not have room for one of the same size",
@@ -137,7 +140,7 @@ meant! {
     ReadOnly: "a device mapping that is valid, or of device pages, can be written although the program's mapping cannot",
         "EPERM",
         "the program asked for protection",
-        "pages without ro, or gpuw, where the mapping is not writable: EPERM and nothing else";
+        "pages without ro, or gpuw, where a mapping of the range is not writable: EPERM; it must be if that is the first one";
     NoAccess: "memory without read permission migrates",
         "EFAULT",
         "neither UFFDIO_MOVE nor an access over the link can reach it",
@@ -154,6 +157,10 @@ meant! {
         "they stay on the device; the advice answers EINVAL",
         "the kernel collapses nothing that waits for userfaultfd",
         "madvise collapse; the page stays where it was";
+    Freed: "MADV_FREE leaves device pages as they are",
+        "they are dropped at once and read as zeroes",
+        "the advice allows it, and userfaultfd reports it as it does MADV_DONTNEED",
+        "madvise free of a page that was on the device: at home, or all zero (the one difference in contents)";
 }
 
 /// One page at one operation.
@@ -227,6 +234,9 @@ impl Case<'_> {
         if stale && came {
             return Some(Rule::Collected);
         }
+        if self.op.args.last().is_some_and(|w| w == "free") && came {
+            return Some(Rule::Freed);
+        }
         if self.is(&["gpuw"]) && came && refusal(self.op, self.page, self.kernel).is_some() {
             return Some(Rule::ReadOnly);
         }
@@ -249,7 +259,8 @@ impl Case<'_> {
             return Some(Rule::Recut);
         }
         let partly = self.held.is_some_and(|h| h.device > 0 && h.device < h.span.pages());
-        if self.is(&["pages", "gpuw", "gpur"]) && self.is_targeted() && came && partly {
+        let mixed = self.range.is_some_and(|r| r.sys > 0 && r.dev > 0);
+        if self.is(&["pages", "gpuw", "gpur"]) && self.is_targeted() && came && (partly || mixed) {
             return Some(Rule::Mixed);
         }
         if came && self.held.is_some_and(|h| self.accesses(h.span)) {
