@@ -13,6 +13,8 @@
 #   make test-kernel-ref      fresh traces of the real kernel's drm_gpusvm in a virtual machine (see tests/kernel-ref)
 
 CARGO ?= cargo
+# jemalloc is built by a make of its own, which must not hear of our DESTDIR.
+BUILD = env -u MAKEFLAGS -u MFLAGS -u MAKEOVERRIDES -u DESTDIR -u PREFIX $(CARGO) build --release --quiet
 FILE ?=
 JSON ?= target/micro.json
 PROGRAMS ?=
@@ -36,7 +38,7 @@ test-opencl-intel: setup
 	sh tests/opencl/intel.sh
 
 preload: setup
-	$(CARGO) build --release --quiet -p usvm-preload -p usvm-preload-heap
+	$(BUILD) -p usvm-preload -p usvm-preload-heap
 
 test-programs: preload
 	sh tests/programs/run.sh $(PROGRAMS)
@@ -57,7 +59,7 @@ lint: setup
 USVM = "$${CARGO_TARGET_DIR:-target}/release/usvm"
 .PHONY: manpages
 manpages:
-	$(CARGO) build --release --quiet -p usvm-ffi --bin usvm
+	$(BUILD) -p usvm-ffi --bin usvm
 	mkdir -p target/man target/completions
 	$(USVM) man target/man
 	$(USVM) completions bash >target/completions/usvm.bash
@@ -73,11 +75,11 @@ BUILT = $${CARGO_TARGET_DIR:-target}/release
 install: install-lib install-program
 
 install-lib:
-	$(CARGO) build --release --quiet -p usvm-ffi --lib
+	$(BUILD) -p usvm-ffi --lib
 	sh ffi/install.sh "$(BUILT)/libusvm_ffi.a" "$(PREFIX)" "$(DESTDIR)"
 
 install-program: manpages
-	$(CARGO) build --release --quiet -p usvm-preload -p usvm-preload-heap
+	$(BUILD) -p usvm-preload -p usvm-preload-heap
 	install -D -t "$(DESTDIR)$(PREFIX)/bin" "$(BUILT)/usvm"
 	install -D -m 644 -t "$(DESTDIR)$(PREFIX)/lib/usvm" "$(BUILT)/libusvm_preload.so" "$(BUILT)/libusvm_heap.so"
 	install -D -m 644 -t "$(DESTDIR)$(PREFIX)/share/man/man1" target/man/*.1
