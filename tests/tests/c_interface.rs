@@ -207,6 +207,21 @@ fn a_provider_of_unified_memory_framework() {
     compile_text("c++", "-std=c++17", "umf.cpp", check, &["-isystem", &headers]);
 }
 
+#[test]
+fn loaded_while_the_program_runs() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = folder.path().join("late");
+    tool(
+        Command::new("cc")
+            .args(["-std=c99", "-D_POSIX_C_SOURCE=200809L"])
+            .args(STRICT)
+            .arg("-o")
+            .args([program.as_os_str(), root().join("tests/c/late.c").as_os_str()])
+            .arg("-ldl"),
+    );
+    assert_eq!(run(Command::new(program).arg(libraries().join("libusvm.so.0"))), "late: good\n");
+}
+
 /// Compiles a text without linking it.
 fn compile_text(compiler: &str, standard: &str, name: &str, text: &str, more: &[&str]) {
     let folder = tempfile::tempdir().unwrap();
