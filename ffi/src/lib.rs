@@ -9,6 +9,7 @@
 //! staticlib.
 
 pub mod api;
+mod heap;
 pub mod interpose;
 pub mod process;
 

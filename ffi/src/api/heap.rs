@@ -1,4 +1,4 @@
-//! The allocator's functions: C11's shapes around `usvm_alloc`.
+//! The allocator's functions: C11's shapes around `crate::heap`.
 //!
 //! # Overview
 //! These are called often and need nothing but the heap, so they are not framed as the other calls are. What the heap
@@ -13,7 +13,7 @@ use std::ffi::c_void;
 use super::result::{
     Failure, USVM_ERROR_INVALID_ARGUMENT, USVM_ERROR_OUT_OF_HOST_MEMORY, note, set_errno, usvm_result_t,
 };
-use usvm_alloc as heap;
+use crate::heap;
 
 fn fail(code: usvm_result_t, errno: i32, message: std::fmt::Arguments<'_>) -> *mut c_void {
     usvm::ground::alloc::internal(|| note(&Failure::new(code, message)));
