@@ -52,6 +52,15 @@ impl Kept {
     }
 }
 
+impl Kept {
+    /// The bare number, for an owner who closes it himself and says [`forget`] before.
+    pub(crate) fn into_number(self) -> RawFd {
+        let number = self.0.as_raw_fd();
+        std::mem::forget(self);
+        number
+    }
+}
+
 impl AsFd for Kept {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
@@ -65,7 +74,8 @@ impl Drop for Kept {
     }
 }
 
-fn forget(number: RawFd) {
+/// `number` is not usvm's any more.
+pub(crate) fn forget(number: RawFd) {
     let taken = |place: &&AtomicI32| {
         place.compare_exchange(number, FREE, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     };

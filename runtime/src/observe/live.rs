@@ -28,7 +28,7 @@
 //!
 //! # Limits
 //! A program that closes all descriptors that it does not know takes the page from its viewers (not from usvm, which
-//! has it mapped); [`Viewer::open`] tells this apart from a process without usvm. A forked child does not have the page.
+//! has it mapped), unless the preload library keeps usvm's descriptors from it; [`Viewer::open`] tells this apart from a process without usvm. A forked child does not have the page.
 //!
 //! # Safety
 //! The mapping belongs to [`Page`] and is reached only through atomic words, because viewers write word 5 at any time. The
@@ -38,7 +38,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::ptr;
@@ -50,6 +50,7 @@ use rustix::mm::{self, Advice, MapFlags, ProtFlags};
 use serde::{Deserialize, Serialize};
 
 use crate::ground::error::{Errno, Error, Result};
+use crate::ground::fds::{self, Kept};
 use crate::ground::inject::{self, Call};
 use crate::observe::stats::StatsSnapshot;
 
@@ -70,9 +71,6 @@ pub const SIZE: usize = 64 << 10;
 
 /// How long news are published after a viewer last asked.
 pub const PATIENCE: Duration = Duration::from_secs(3);
-
-/// Descriptors from here on are out of the way of programs that expect small numbers.
-const HIGH_FD: i32 = 512;
 
 const HEADER: usize = 64;
 const SEQUENCE: usize = 4;
@@ -184,7 +182,7 @@ impl Page {
             .map_err(|e| Error::os("mmap", e))?;
         let page = Self {
             words: base.cast_const().cast(),
-            fd: AtomicI32::new(out_of_the_way(file).into_raw_fd()),
+            fd: AtomicI32::new(Kept::new(file).into_number()),
             file_id,
             owner: std::process::id(),
             watch: Mutex::default(),
@@ -249,6 +247,7 @@ impl Page {
         if fd < 0 {
             return;
         }
+        fds::forget(fd);
         // SAFETY: borrowed only to ask what it is; a number that is not open is an error of fstat.
         let still_ours = identity(unsafe { BorrowedFd::borrow_raw(fd) }).is_ok_and(|id| id == self.file_id);
         if still_ours {
@@ -288,11 +287,6 @@ fn sealed_file() -> Result<OwnedFd> {
     let seals = [memfd::FileSeal::SealShrink, memfd::FileSeal::SealGrow, memfd::FileSeal::SealSeal];
     file.add_seals(&seals).map_err(failed)?;
     Ok(file.into_file().into())
-}
-
-/// The same file at a descriptor that programs do not count on, where there is one.
-fn out_of_the_way(file: OwnedFd) -> OwnedFd {
-    rustix::io::fcntl_dupfd_cloexec(&file, HIGH_FD).unwrap_or(file)
 }
 
 fn identity(fd: BorrowedFd<'_>) -> Result<(u64, u64)> {

@@ -43,6 +43,9 @@ enum State {
 impl Runtime {
     /// Begins a use of `accesses` by `device` (for work usvm does not launch itself): they are on the device or mapped,
     /// and stay so until [`Runtime::end_access`] with what this gives.
+    ///
+    /// A CPU access to memory that is held on the device waits for the end of the hold. So `accesses` must not contain what
+    /// the thread that will end it touches before: its stack, for one.
     pub fn begin_access(&self, device: u32, accesses: &[Access]) -> Result<Bracket> {
         let (bracket, fence) = self.begin_access_later(device, accesses)?;
         fence.wait(None)?;

@@ -687,7 +687,8 @@ impl Runtime {
 
     /// The statistics now.
     pub fn stats(&self) -> StatsSnapshot {
-        self.inner().snapshot()
+        // What it needs on the way must not come from memory that a device may have.
+        alloc::internal(|| self.inner().snapshot())
     }
 
     /// Sets the counters to zero; the gauges stay.

@@ -7,7 +7,6 @@
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Once, OnceLock};
-use std::time::{Duration, Instant};
 
 use usvm::ground::config::Origin;
 use usvm::ground::thread;
@@ -62,7 +61,8 @@ pub fn runtime() -> Option<&'static Runtime> {
         .get_or_init(|| match usvm_ffi::process::acquire(None) {
             Ok(runtime) => {
                 at_exit(release);
-                all_at_work().then_some(runtime)
+                // The start waits for its threads, but not for ever: with one that has not begun nothing may move.
+                thread::all_started().then_some(runtime)
             }
             Err(e) => {
                 eprintln!("usvm: OpenCL launches are only observed: {e}");
@@ -70,16 +70,6 @@ pub fn runtime() -> Option<&'static Runtime> {
             }
         })
         .as_ref()
-}
-
-/// Waits until every thread of the runtime does its own work. One that begins still reads what the standard library
-/// allocated for it in the program's heap: were that page away by then, nobody would bring it back.
-fn all_at_work() -> bool {
-    let until = Instant::now() + Duration::from_secs(10);
-    while !thread::all_started() && Instant::now() < until {
-        std::thread::sleep(Duration::from_micros(100));
-    }
-    thread::all_started()
 }
 
 /// The process whose counts these are.

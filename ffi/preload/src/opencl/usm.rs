@@ -464,6 +464,15 @@ impl Events {
         self.named(unsafe { mark(queue, self.count, self.before, self.after) }, command)
     }
 
+    /// A command that is a hint: checked as any other, then it only waits. `known`: its own arguments are the extension's.
+    fn hint(self, driver: &Dispatch, queue: Handle, known: bool, command: Uint) -> Int {
+        match self.check(driver, queue) {
+            Err(error) => error,
+            Ok(()) if !known => INVALID_VALUE,
+            Ok(()) => self.marker(driver, queue, command),
+        }
+    }
+
     /// A command that only waits, and whose end the program waits for.
     fn blocking_marker(self, driver: &Dispatch, queue: Handle, command: Uint) -> Int {
         let mut own = std::ptr::null_mut();
@@ -583,12 +592,8 @@ unsafe extern "C" fn enqueue_migrate_mem<const F: usize>(
             .map(|f| f(queue, pointer, size, flags, count, before, after))
     };
     let result = by_driver.unwrap_or_else(|| {
-        let events = Events { count, before, after };
-        match events.check(face.driver(), queue) {
-            Err(error) => error,
-            Ok(()) if flags & !(MIGRATE_TO_HOST | MIGRATE_CONTENT_UNDEFINED) != 0 => INVALID_VALUE,
-            Ok(()) => events.marker(face.driver(), queue, COMMAND_MIGRATEMEM),
-        }
+        let known = flags & !(MIGRATE_TO_HOST | MIGRATE_CONTENT_UNDEFINED) == 0;
+        Events { count, before, after }.hint(face.driver(), queue, known, COMMAND_MIGRATEMEM)
     });
     if result == SUCCESS {
         let to = if flags & MIGRATE_TO_HOST != 0 { Where::Host } else { Where::Device };
@@ -613,12 +618,8 @@ unsafe extern "C" fn enqueue_mem_advise<const F: usize>(
             .map(|f| f(queue, pointer, size, advice, count, before, after))
     };
     let result = by_driver.unwrap_or_else(|| {
-        let events = Events { count, before, after };
-        match events.check(face.driver(), queue) {
-            Err(error) => error,
-            Ok(()) if advice != 0 && !ADVICE.contains(&advice) => INVALID_VALUE,
-            Ok(()) => events.marker(face.driver(), queue, COMMAND_MEMADVISE),
-        }
+        let known = advice == 0 || ADVICE.contains(&advice);
+        Events { count, before, after }.hint(face.driver(), queue, known, COMMAND_MEMADVISE)
     });
     if result == SUCCESS {
         launch::no_advice(pointer as usize, size);
