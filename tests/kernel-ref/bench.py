@@ -2,11 +2,13 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """The kernel's and usvm's times of one boot, side by side.
 
-    bench.py KERNEL.json USVM.json [OUT.json]
+    bench.py FOLDER [OUT.json]
 
-Prints a table (Markdown): medians as multiples of the kernel's own memcpy of 2 MiB, which both programs measured in every
-round; the best sample in brackets. OUT.json gets both. The figures are of an emulated CPU: only ratios mean anything.
+FOLDER has kernel-N.json and usvm-N.json of turn N. Prints a table (Markdown): what each round took by the kernel's own memcpy
+of 2 MiB in that round, the median of a turn, the median of all turns; the best sample in brackets. OUT.json gets everything.
+The figures are of an emulated CPU: only ratios mean anything.
 """
+import glob
 import json
 import sys
 
@@ -27,10 +29,19 @@ WORDS = {
 }
 
 
-def rows(path):
-    with open(path, encoding="utf-8") as f:
-        document = json.load(f)
-    return document, {r["name"]: r for r in document["results"]}
+def read(folder, who):
+    """The documents of all turns, and for each name the row whose ratio is their median's."""
+    documents = []
+    for path in sorted(glob.glob(f"{folder}/{who}-*.json")):
+        with open(path, encoding="utf-8") as f:
+            documents.append(json.load(f))
+    names = [r["name"] for r in documents[0]["results"]]
+    rows = {}
+    for name in names:
+        turns = [next(r for r in d["results"] if r["name"] == name) for d in documents]
+        turns.sort(key=lambda r: r["ratio"])
+        rows[name] = dict(turns[(len(turns) - 1) // 2], ratio_best=min(r["ratio_best"] for r in turns))
+    return documents, rows
 
 
 def cell(row):
@@ -38,12 +49,12 @@ def cell(row):
 
 
 def main():
-    kernel, k = rows(sys.argv[1])
-    usvm, u = rows(sys.argv[2])
+    (kernels, k), (usvms, u) = (read(sys.argv[1], who) for who in ("kernel", "usvm"))
+    kernel, usvm = kernels[0], usvms[0]
     base = [r["memcpy_2m"] for r in (k, u)]
-    print(f"Kernel {kernel['kernel']}, usvm {usvm['usvm']} with {usvm['options']}; the kernel's memcpy of 2 MiB took "
-          f"{base[0]['median']:.0f} µs beside the kernel's rows and {base[1]['median']:.0f} µs beside usvm's (medians, "
-          f"n = {base[0]['n']} and {base[1]['n']}).\n")
+    print(f"Kernel {kernel['kernel']}, usvm {usvm['usvm']} with {usvm['options']}; {len(kernels)} turns of each; the kernel's memcpy "
+          f"of 2 MiB took {base[0]['median']:.0f} µs beside the kernel's rows and {base[1]['median']:.0f} µs beside usvm's "
+          f"(medians of one turn, n = {base[0]['n']} and {base[1]['n']}).\n")
     print("| 2 MiB | pages | drm_gpusvm | usvm | usvm / drm_gpusvm |")
     print("|---|---|---|---|---|")
     behind = []
@@ -57,9 +68,9 @@ def main():
     own = ", ".join(f"{n.removeprefix('copy_')} {r['ratio']:.2f}" for n, r in u.items() if n.startswith(("copy_", "memcpy_user")))
     print(f"\nWays to copy 2 MiB, as multiples of that memcpy: {own}.")
     print("usvm is behind where memory moves: " + ", ".join(behind) if behind else "usvm is ahead in every row where memory moves.")
-    if len(sys.argv) > 3:
-        with open(sys.argv[3], "w", encoding="utf-8") as f:
-            json.dump({"kernel": kernel, "usvm": usvm, "behind": behind}, f, indent=1)
+    if len(sys.argv) > 2:
+        with open(sys.argv[2], "w", encoding="utf-8") as f:
+            json.dump({"kernel": kernels, "usvm": usvms, "behind": behind}, f, indent=1)
 
 
 main()

@@ -284,15 +284,20 @@ fresh() {
     judge "$work"/out/*.trace
 }
 
-# Both in one boot: the kernel's times, then usvm's. COPY picks usvm's way to copy (otherwise it measures), SPIN_US how long
-# service threads spin: not at all, because with two emulated processors they would take them from the thread that moves.
+# Both in one boot, in turns: the kernel's times, then usvm's, TURNS times (default 3). COPY picks usvm's way to copy (otherwise
+# the kernel's own, words), SPIN_US how long service threads spin: not at all, because with two emulated processors they would
+# take them from the thread that moves.
 bench() {
     scratch
-    printf '%s\n' bench "run usvm-live bench /out/usvm-bench.json ${COPY:-auto} ${SPIN_US:-0}" >"$work/jobs"
+    local turn turns=${TURNS:-3}
+    for turn in $(seq "$turns"); do
+        printf '%s\n' "bench $turn" "run usvm-live bench /out/usvm-$turn.json ${COPY:-words} ${SPIN_US:-0}"
+    done >"$work/jobs"
     build_live
-    # Without idle=poll the host's scheduler decides how long an emulated processor takes to wake.
-    BOOT_ARGS="idle=poll ${BOOT_ARGS:-}" boot "$work"
-    python3 "$here/bench.py" "$work/out/bench.json" "$work/out/usvm-bench.json" "${BENCH_OUT:-$cache/bench.json}"
+    # Without idle=poll the host's scheduler decides how long an emulated processor takes to wake; a loaded host makes the
+    # kernel distrust a clock that is right.
+    BOOT_ARGS="idle=poll tsc=reliable ${BOOT_ARGS:-}" boot "$work"
+    python3 "$here/bench.py" "$work/out" "${BENCH_OUT:-$cache/bench.json}"
 }
 
 case ${1:-fresh} in

@@ -360,11 +360,11 @@ impl HostMemory for Host {
         }
         // The books are held over the ioctl, so that an UNMAP event is booked before or after, never in between.
         let mut books = self.books_mut();
-        let gaps = match self.pagemap.registered(span) {
-            Some(true) if books.covers(span) => Vec::new(),
+        let gaps = match books.covers(span).then(|| self.pagemap.registered(span)) {
+            Some(Some(true)) => Vec::new(),
             // The books may speak of a mapping that is gone already, or know less than the kernel.
-            Some(_) => vec![span],
-            None => books.missing(span),
+            _ if self.pagemap.tells_registered() => vec![span],
+            _ => books.missing(span),
         };
         for gap in gaps {
             self.register_part(gap)?;

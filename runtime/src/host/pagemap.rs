@@ -189,6 +189,11 @@ impl Pagemap {
         Ok(())
     }
 
+    /// Whether [`Pagemap::registered`] has answers.
+    pub(super) fn tells_registered(&self) -> bool {
+        self.marks_registered
+    }
+
     /// Whether all of `span`, of any length, is in mappings registered with userfaultfd; `None` where the kernel cannot tell.
     pub(super) fn registered(&self, span: Span) -> Option<bool> {
         if !self.marks_registered {

@@ -27,6 +27,7 @@ use crate::space::ports::{Backing, Bo, Device, FlipError, GpuAccess, HostMemory,
 use crate::space::range::Range as SpaceRange;
 use crate::space::residency::{Moved, Residency, State, bytes};
 use crate::space::timeslice::Rule;
+use crate::vram::copy::Copier;
 
 /// A range with its residency.
 pub type Range = SpaceRange<Residency>;
@@ -229,6 +230,7 @@ impl Mover {
         }
         let started = Instant::now();
         let wanted = alive.minus(&m.vram).minus(&m.strayed);
+        self.announce_copies(device, &wanted);
         // What is away is registered, or its mapping was replaced: a new one must not be taken for the old.
         for (first, count) in wanted.runs() {
             self.host.register(span.page_run(first, count))?;
@@ -284,6 +286,13 @@ impl Mover {
         Ok(())
     }
 
+    /// Tells the device that so many pages will be copied, if they are worth it.
+    fn announce_copies(&self, device: u32, pages: &PageMask) {
+        if bytes(pages) >= Copier::THREADED_MIN as u64 {
+            self.device(device).expect_copies();
+        }
+    }
+
     /// Puts strayed pages back where the application left them, as far as the kernel lets.
     fn put_back(&self, range: &Range, m: &mut Moved) {
         if m.strayed.is_empty() {
@@ -306,6 +315,7 @@ impl Mover {
             return Ok(());
         }
         let State { bound, moved: Some(moved) } = state else { return Ok(()) };
+        self.announce_copies(moved.device, &moved.vram.and(pages).minus(&moved.fresh));
         self.unbind(range, bound);
         let result = self.accounted(range, moved, |m| self.to_host_steps(range, m, pages, cause));
         if moved.vram.is_empty() && !moved.shared {

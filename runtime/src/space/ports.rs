@@ -245,6 +245,9 @@ pub trait Device: Send + Sync {
     /// Free bytes (maybe in pieces).
     fn vram_free_bytes(&self) -> u64;
 
+    /// Says that copies of a megabyte or more will be asked for at once: who helps with them may wake up.
+    fn expect_copies(&self) {}
+
     /// Copies `len` bytes at `at` of `shadow` to `at` of `bo`.
     fn upload(&self, bo: &Bo, shadow: &Shadow, at: u64, len: u64) -> Result<()>;
 

@@ -298,53 +298,16 @@ unsafe fn fenced_copy(dst: *mut u8, src: *const u8, len: usize) {
     store_fence();
 }
 
-/// Copies by general registers, in assembly so that no compiler makes vectors or a call of it.
+/// Copies by general registers.
 unsafe fn word_copy(dst: *mut u8, src: *const u8, len: usize) {
-    const BLOCK: usize = LINE;
-    let blocks = len / BLOCK;
-    // SAFETY: the caller gives `len` readable and writable, distinct bytes; blocks and tail partition them.
-    unsafe {
-        for block in 0..blocks {
-            let (to, from) = (dst.add(block * BLOCK), src.add(block * BLOCK));
-            let words: [u64; 8] = std::array::from_fn(|i| load_word(from.add(8 * i)));
-            for (i, word) in words.into_iter().enumerate() {
-                store_word(to.add(8 * i), word);
-            }
-        }
-        let done = blocks * BLOCK;
-        plain_copy(dst.add(done), src.add(done), len - done);
-    }
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the caller gives `len` readable and writable, distinct bytes.
+    let done = unsafe { x86::copy_words(dst, src, len) };
+    #[cfg(not(target_arch = "x86_64"))]
+    let done = 0;
+    // SAFETY: as above; this is the tail.
+    unsafe { plain_copy(dst.add(done), src.add(done), len - done) };
     store_fence();
-}
-
-#[inline(always)]
-unsafe fn load_word(from: *const u8) -> u64 {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: the caller may read 8 bytes; a load takes any alignment.
-    unsafe {
-        let word;
-        std::arch::asm!("mov {}, [{}]", out(reg) word, in(reg) from, options(nostack, preserves_flags, readonly));
-        word
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    // SAFETY: the caller may read 8 bytes.
-    unsafe {
-        from.cast::<u64>().read_unaligned()
-    }
-}
-
-#[inline(always)]
-unsafe fn store_word(to: *mut u8, word: u64) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: the caller may write 8 bytes; a store takes any alignment.
-    unsafe {
-        std::arch::asm!("mov [{}], {}", in(reg) to, in(reg) word, options(nostack, preserves_flags));
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    // SAFETY: the caller may write 8 bytes.
-    unsafe {
-        to.cast::<u64>().write_unaligned(word)
-    }
 }
 
 unsafe fn plain_zero(dst: *mut u8, len: usize) {

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
 /*
  * How long the kernel takes for each operation on 2 MiB, beside the kernel's memcpy of 2 MiB in the same machine (and the
- * C library's, which an emulated CPU may make much slower: it picks vector instructions). Median of 15 after two rounds of
- * warm-up. The figures of an emulated CPU mean something only as ratios.
+ * C library's, which an emulated CPU may make much slower: it picks vector instructions). Medians of 31 rounds after two
+ * of warm-up for one range, of 15 for many; a ratio is the median of what each round took by its own baseline, so that a
+ * slow moment of the host is in both. The figures of an emulated CPU mean something only as ratios.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -12,16 +13,18 @@
 #include "driver.h"
 
 #define MB2	(2ul << 20)
-#define ROUNDS	17
+#define ROUNDS	33
+#define LOOPS	17
 #define WARM	2
 #define MANY	64
 
-struct timing { const char *name; double best_us, median_us, p90_us; unsigned n; };
+struct timing { const char *name; double best_us, median_us, p90_us, ratio; unsigned n; };
 
 static struct timing timings[64];
 static unsigned ntimings;
 static double baseline[1024];
 static unsigned nbaseline;
+static double by_round[ROUNDS];			/* the baseline of each round */
 static unsigned retries;			/* migrations that answered EBUSY at first */
 static const struct usvm_ref_ctx rw_ctx = { .flags = USVM_REF_OWNER | USVM_REF_DEVMEM_POSSIBLE };
 
@@ -32,29 +35,53 @@ static int by_value(const void *a, const void *b)
 	return (x > y) - (x < y);
 }
 
+static double median(double *us, unsigned n)
+{
+	qsort(us, n, sizeof(*us), by_value);
+	return us[n / 2];
+}
+
 /* Sorts n samples, each of `per` ranges of 2 MiB; the figures are per range. */
 static struct timing summary(const char *name, double *us, unsigned n, unsigned per)
 {
 	for (unsigned i = 0; i < n; i++)
 		us[i] /= per;
-	qsort(us, n, sizeof(*us), by_value);
-	return (struct timing){ name, us[0], us[n / 2], us[n * 9 / 10], n };
+	median(us, n);
+	return (struct timing){ name, us[0], us[n / 2], us[n * 9 / 10], 1, n };
 }
 
-static void record(const char *name, double *us, unsigned per)
+static void record(const char *name, double *us, unsigned rounds, unsigned per)
 {
-	timings[ntimings++] = summary(name, us + WARM, ROUNDS - WARM, per);
+	unsigned n = rounds - WARM;
+	double ratios[ROUNDS];
+
+	for (unsigned i = 0; i < n; i++)
+		ratios[i] = us[WARM + i] / per / by_round[WARM + i];
+	timings[ntimings] = summary(name, us + WARM, n, per);
+	timings[ntimings++].ratio = median(ratios, n);
 }
 
-/* The baseline is sampled in every round of everything, so that both see the same load of the host. */
-static void sample_memcpy(void)
+static double one_memcpy(void)
 {
 	struct usvm_ref_on_range r = { 0 };
 
 	if (ioctl(ref_fd, USVM_REF_MEMCPY, &r))
 		die("bench memcpy");
-	if (r.value && nbaseline < sizeof(baseline) / sizeof(*baseline))
+	if (!r.value)
+		die("bench memcpy: no free device memory");
+	if (nbaseline < sizeof(baseline) / sizeof(*baseline))
 		baseline[nbaseline++] = r.value / 1e3;
+	return r.value / 1e3;
+}
+
+/* The baseline is sampled in every round of everything, so that both see the same load of the host. */
+static void sample_memcpy(unsigned round)
+{
+	double us[3];
+
+	for (int i = 0; i < 3; i++)
+		us[i] = one_memcpy();
+	by_round[round] = median(us, 3);
 }
 
 static void on(unsigned long cmd, uint64_t at, uint32_t flags)
@@ -101,16 +128,18 @@ static void dirty(uint64_t at)
 static void bench_memcpy(void)
 {
 	char *a = aligned_alloc(MB2, MB2), *b = aligned_alloc(MB2, MB2);
-	double us[ROUNDS];
+	double us[LOOPS];
 
 	memset(a, 1, MB2);
 	memset(b, 2, MB2);
-	for (int i = 0; i < ROUNDS; i++)
+	for (int i = 0; i < LOOPS; i++) {
+		sample_memcpy(i);
 		TIMED(us[i], for (int k = 0; k < 4; k++) {
 			memcpy(a, b, MB2);
 			__asm__ volatile("" : : "r"(a) : "memory");
 		});
-	record("memcpy_user_2m", us, 4);
+	}
+	record("memcpy_user_2m", us, LOOPS, 4);
 	free(a);
 	free(b);
 }
@@ -130,7 +159,7 @@ static void bench_one(bool huge)
 
 	for (int i = 0; i < ROUNDS; i++) {
 		fresh(1, huge);
-		sample_memcpy();
+		sample_memcpy(i);
 		TIMED(nw[i], find(arena));
 		TIMED(old[i], find(arena));
 		TIMED(untouched[i], on(USVM_REF_GET_PAGES, arena, 0));
@@ -145,27 +174,27 @@ static void bench_one(bool huge)
 		on(USVM_REF_GET_PAGES, arena, USVM_REF_READ_ONLY);
 		TIMED(clean[i], (void)*(volatile uint64_t *)arena);
 	}
-	record(name_of("find_new", huge), nw, 1);
-	record(name_of("find_existing", huge), old, 1);
-	record(name_of("get_pages_untouched", huge), untouched, 1);
-	record(name_of("get_pages_touched", huge), touched, 1);
-	record(name_of("get_pages_valid", huge), valid, 1);
-	record(name_of("to_device_2m", huge), todev, 1);
-	record(name_of("cpu_fault_return_2m", huge), back, 1);
-	record(name_of("clean_return_2m", huge), clean, 1);
+	record(name_of("find_new", huge), nw, ROUNDS, 1);
+	record(name_of("find_existing", huge), old, ROUNDS, 1);
+	record(name_of("get_pages_untouched", huge), untouched, ROUNDS, 1);
+	record(name_of("get_pages_touched", huge), touched, ROUNDS, 1);
+	record(name_of("get_pages_valid", huge), valid, ROUNDS, 1);
+	record(name_of("to_device_2m", huge), todev, ROUNDS, 1);
+	record(name_of("cpu_fault_return_2m", huge), back, ROUNDS, 1);
+	record(name_of("clean_return_2m", huge), clean, ROUNDS, 1);
 }
 
 static void bench_many(bool huge)
 {
-	double pingpong[ROUNDS], evict[ROUNDS], devevict[ROUNDS];
+	double pingpong[LOOPS], evict[LOOPS], devevict[LOOPS];
 
 	fresh(MANY, huge);
 	for (uint64_t i = 0; i < MANY; i++) {
 		find(arena + i * MB2);
 		dirty(arena + i * MB2);
 	}
-	for (int r = 0; r < ROUNDS; r++) {
-		sample_memcpy();
+	for (int r = 0; r < LOOPS; r++) {
+		sample_memcpy(r);
 		TIMED(pingpong[r], for (uint64_t i = 0; i < MANY; i++) {
 			on(USVM_REF_MIGRATE, arena + i * MB2, 0);
 			on(USVM_REF_GET_PAGES, arena + i * MB2, 0);
@@ -179,9 +208,9 @@ static void bench_many(bool huge)
 		TIMED(devevict[r], struct usvm_ref_on_range d = { .value = MANY };
 		      if (ioctl(ref_fd, USVM_REF_DEVEVICT, &d) || d.value != MANY) die("bench devevict"));
 	}
-	record(name_of("ping_pong_64", huge), pingpong, MANY);
-	record(name_of("evict_64", huge), evict, MANY);
-	record(name_of("devevict_64", huge), devevict, MANY);
+	record(name_of("ping_pong_64", huge), pingpong, LOOPS, MANY);
+	record(name_of("evict_64", huge), evict, LOOPS, MANY);
+	record(name_of("devevict_64", huge), devevict, LOOPS, MANY);
 }
 
 static void print_json(FILE *out, const char *release)
@@ -197,7 +226,7 @@ static void print_json(FILE *out, const char *release)
 		fprintf(out, "{\"name\":\"%s\",\"unit\":\"us\",\"best\":%.3f,\"median\":%.3f,\"p90\":%.3f,\"n\":%u,"
 			"\"baseline\":\"memcpy_2m\",\"baseline_best\":%.3f,\"baseline_median\":%.3f,\"ratio_best\":%.4f,"
 			"\"ratio\":%.4f}%s\n", t->name, t->best_us, t->median_us, t->p90_us, t->n, base.best_us, base.median_us,
-			t->best_us / base.best_us, t->median_us / base.median_us, i + 1 < ntimings ? "," : "");
+			t->best_us / base.best_us, t->ratio, i + 1 < ntimings ? "," : "");
 	}
 	fprintf(out, "]}\n");
 }

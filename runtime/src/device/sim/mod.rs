@@ -53,7 +53,7 @@ pub use profile::{Modelled, Profile};
 use self::engine::{Engine, Kind, Work};
 use self::shared::Shared;
 use self::vram::{HostPiece, Window};
-use crate::ground::addr::{SZ_4K, Span};
+use crate::ground::addr::{SZ_2M, SZ_4K, Span};
 use crate::ground::error::{Error, Result};
 use crate::ground::sync::Fence;
 use crate::space::ports::{Backing, Bo, Device, DeviceInfo, FaultSink, GpuAccess, Shadow};
@@ -82,6 +82,10 @@ pub struct SimConfig {
     pub recoverable_faults: bool,
     /// Whether all memory is populated at the start, so that no later copy pays for fresh pages.
     pub prefault: bool,
+    /// How far beyond a 2 MiB boundary the CPU sees device memory: a multiple of 4 KiB. With 0 the kernel may map huge
+    /// pages. An emulated CPU whose TLB has one place for each page number wants another number than its copies' other
+    /// side has, or every word misses the TLB twice.
+    pub cpu_offset: u64,
 }
 
 impl Default for SimConfig {
@@ -95,7 +99,14 @@ impl SimConfig {
     /// `vram_bytes` of `profile`, all visible, with faults as the real device has them, not prefaulted.
     pub fn of(profile: Profile, vram_bytes: u64) -> Self {
         let recoverable_faults = profile.recoverable_faults;
-        Self { profile, vram_bytes, cpu_visible_bytes: None, recoverable_faults, prefault: false }
+        Self {
+            profile,
+            vram_bytes,
+            cpu_visible_bytes: None,
+            recoverable_faults,
+            prefault: false,
+            cpu_offset: 0,
+        }
     }
 
     /// Errors name the field and what to set it to.
@@ -115,6 +126,10 @@ impl SimConfig {
                 "vram_bytes",
                 format!("more than the 48-bit space: set {} or less", page_table::VA_END),
             );
+        }
+        if odd(self.cpu_offset) || self.cpu_offset >= SZ_2M {
+            let fix = rounded(self.cpu_offset % SZ_2M);
+            return invalid("cpu_offset", format!("{} is no page of 2 MiB: set {fix}", self.cpu_offset));
         }
         match self.cpu_visible_bytes {
             Some(v) if v > self.vram_bytes => {
@@ -353,6 +368,10 @@ impl Device for SimDevice {
 
     fn vram_free_bytes(&self) -> u64 {
         self.buddy().free_bytes()
+    }
+
+    fn expect_copies(&self) {
+        vram::expect_copies();
     }
 
     fn upload(&self, bo: &Bo, shadow: &Shadow, at: u64, len: u64) -> Result<()> {

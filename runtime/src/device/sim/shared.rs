@@ -106,7 +106,7 @@ impl Shared {
                 system_atomics: false,
             },
             profile: config.profile,
-            vram: Vram::new(config.vram_bytes, visible, config.prefault)?,
+            vram: Vram::new(config.vram_bytes, visible, config.prefault, config.cpu_offset)?,
             ledger: Ledger::default(),
             compute: Unit::new(),
             copy: Unit::new(),

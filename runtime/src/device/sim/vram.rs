@@ -22,6 +22,7 @@
 //! constructor.
 #![allow(unsafe_code)]
 
+use crate::ground::addr::SZ_2M;
 use crate::ground::error::{Errno, Error, Result};
 use crate::space::ports::Shadow;
 use crate::vram::copy::{Copier, CopyHint, CopyPool};
@@ -64,6 +65,13 @@ fn helpers() -> Option<&'static CopyPool> {
     copying().helpers.as_ref()
 }
 
+/// Wakes the helpers, if there are any, for a large copy that comes soon.
+pub(super) fn expect_copies() {
+    if let Some(pool) = helpers() {
+        pool.rouse();
+    }
+}
+
 /// Copies between device memory and anything else.
 ///
 /// # Safety
@@ -102,11 +110,15 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    fn new(file: &memfd::Memfd, len: usize) -> Result<Self> {
+    /// At `offset` from a multiple of 2 MiB, or with 0 wherever the kernel likes.
+    fn new(file: &memfd::Memfd, len: usize, offset: usize) -> Result<Self> {
         let prot = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new mapping at an address of the kernel's choice disturbs nobody.
-        let base =
-            unsafe { mm::mmap(ptr::null_mut(), len, prot, MapFlags::SHARED, file.as_file().as_fd(), 0) };
+        let (at, fixed) = match offset {
+            0 => (ptr::null_mut(), MapFlags::empty()),
+            _ => (reserve(len, offset)?, MapFlags::FIXED),
+        };
+        // SAFETY: a new mapping at an address of the kernel's choice, or in place of a reservation of our own.
+        let base = unsafe { mm::mmap(at, len, prot, MapFlags::SHARED | fixed, file.as_file().as_fd(), 0) };
         let base = base.map_err(|e| Error::os("mmap", e))?;
         let base = NonNull::new(base.cast()).ok_or(Error::Os { call: "mmap", errno: Errno(libc::EFAULT) })?;
         let mapping = Self { base, len, owner: rustix::process::getpid() };
@@ -122,6 +134,22 @@ impl Mapping {
         unsafe { mm::madvise(self.base.as_ptr().cast(), self.len, advice) }
             .map_err(|e| Error::os("madvise", e))
     }
+}
+
+/// Address space for `len` bytes at `offset` from a multiple of 2 MiB, reserved.
+fn reserve(len: usize, offset: usize) -> Result<*mut std::ffi::c_void> {
+    const HUGE: usize = SZ_2M as usize;
+    let all = len + 2 * HUGE;
+    // SAFETY: a new mapping at an address of the kernel's choice disturbs nobody.
+    let base = unsafe { mm::mmap_anonymous(ptr::null_mut(), all, ProtFlags::empty(), MapFlags::PRIVATE) }
+        .map_err(|e| Error::os("mmap", e))?;
+    let head = base.addr().next_multiple_of(HUGE) + offset - base.addr();
+    // SAFETY: what lies before and behind the wanted part of the reservation, which nobody knows.
+    unsafe {
+        let _ = mm::munmap(base, head);
+        let _ = mm::munmap(base.byte_add(head + len), all - head - len);
+    }
+    Ok(base.wrapping_byte_add(head))
 }
 
 impl Drop for Mapping {
@@ -148,18 +176,19 @@ pub(super) struct Vram {
 
 impl Vram {
     /// `len` bytes of which callers reach the first `visible`; both are multiples of 4 KiB and `visible` is
-    /// at most `len`. `prefault` populates all of it before this returns.
-    pub(super) fn new(len: u64, visible: u64, prefault: bool) -> Result<Self> {
+    /// at most `len`. `prefault` populates all of it before this returns. `offset`: `SimConfig::cpu_offset`.
+    pub(super) fn new(len: u64, visible: u64, prefault: bool, offset: u64) -> Result<Self> {
         let file = backing_file(len)?;
         let bytes = usize::try_from(len).map_err(|_| too_large(len))?;
-        let full = Mapping::new(&file, bytes)?;
+        let offset = offset as usize;
+        let full = Mapping::new(&file, bytes, offset)?;
         if prefault {
             full.advise(Advice::LinuxPopulateWrite).map_err(|_| too_large(len))?;
         }
         let small_bar = match visible {
             v if v == len => None,
             0 => Some(None),
-            v => Some(Some(Mapping::new(&file, v as usize)?)),
+            v => Some(Some(Mapping::new(&file, v as usize, offset)?)),
         };
         Ok(Self { full, small_bar, len, visible })
     }
@@ -329,7 +358,7 @@ mod tests {
 
     #[test]
     fn both_mappings_are_the_same_memory_and_the_callers_ends_early() {
-        let vram = Vram::new(8 * SZ_4K, 2 * SZ_4K, true).unwrap();
+        let vram = Vram::new(8 * SZ_4K, 2 * SZ_4K, true, 0).unwrap();
         vram.device(SZ_4K, 4).unwrap().write(&[1, 2, 3, 4]);
         let mut seen = [0; 4];
         vram.visible(SZ_4K, 4).unwrap().read(&mut seen);
@@ -337,7 +366,7 @@ mod tests {
         assert!(vram.visible(2 * SZ_4K - 4, 5).is_none());
         assert!(vram.visible(u64::MAX, 1).is_none());
         assert!(vram.device(8 * SZ_4K - 4, 4).is_some() && vram.device(8 * SZ_4K - 4, 5).is_none());
-        assert!(Vram::new(SZ_4K, 0, false).unwrap().visible(0, 1).is_none());
+        assert!(Vram::new(SZ_4K, 0, false, 0).unwrap().visible(0, 1).is_none());
     }
 
     /// What the callers have of it in /proc/self/maps: the length of each mapping.
@@ -361,13 +390,13 @@ mod tests {
     #[test]
     fn the_kernel_knows_the_same_ends() {
         let page = SZ_4K as usize;
-        assert_eq!(mapped(&Vram::new(8 * SZ_4K, 3 * SZ_4K, false).unwrap()), [3 * page, 8 * page]);
-        assert_eq!(mapped(&Vram::new(8 * SZ_4K, 8 * SZ_4K, false).unwrap()), [8 * page]);
+        assert_eq!(mapped(&Vram::new(8 * SZ_4K, 3 * SZ_4K, false, 0).unwrap()), [3 * page, 8 * page]);
+        assert_eq!(mapped(&Vram::new(8 * SZ_4K, 8 * SZ_4K, false, 0).unwrap()), [8 * page]);
     }
 
     #[test]
     fn zeroes_are_found_out() {
-        let vram = Vram::new(4 * SZ_4K, 4 * SZ_4K, false).unwrap();
+        let vram = Vram::new(4 * SZ_4K, 4 * SZ_4K, false, 0).unwrap();
         let all = vram.visible(0, 4 * SZ_4K as usize).unwrap();
         assert!(all.is_zero());
         vram.device(3 * SZ_4K + 4095, 1).unwrap().fill(1);
@@ -379,7 +408,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "is_multiple_of")]
     fn an_unaligned_word_is_refused() {
-        let vram = Vram::new(SZ_4K, SZ_4K, false).unwrap();
+        let vram = Vram::new(SZ_4K, SZ_4K, false, 0).unwrap();
         vram.device(2, 8).unwrap().u64();
     }
 }

@@ -5,7 +5,9 @@
 //! chunks itself like everyone else; helpers that are awake claim chunks too. So a helper that sleeps or is not
 //! scheduled costs the caller nothing but the wake-up call: nobody waits for a helper that has not begun. What the
 //! caller waits for is only chunks that a helper has already claimed. A helper that is descheduled in the middle of one
-//! (the machine is busy) makes the copy late; when that happens, the next copies go without helpers.
+//! (the machine is busy) makes the copy late; when that happens, the next copies go without helpers, the more the oftener it
+//! happens. Who knows that a copy will come says so ([`CopyPool::rouse`]), because to wake a helper takes as long as a good
+//! part of the copy.
 //!
 //! The pool is usvm's own, and not rayon's, for two reasons. A service thread that waits inside rayon steals whatever
 //! task is queued, also the application's when both use the global pool: it would then run foreign code, touch tracked
@@ -44,9 +46,12 @@ const SLOTS: usize = 4;
 const CHUNK: usize = 256 << 10;
 /// Chunks that a cursor can count.
 const MOST_CHUNKS: usize = u16::MAX as usize;
-/// How long a caller spins for a helper's last chunk before it sleeps: about two chunks' time.
+/// How long at least a caller spins for a helper's last chunk before it sleeps. Otherwise the time of two of its own.
 const PATIENCE: Duration = Duration::from_micros(30);
-/// Copies that go without helpers after one had to sleep for a helper.
+/// How long a roused helper stays awake for a copy that does not come.
+const EXPECTED: Duration = Duration::from_micros(500);
+/// Copies that go without helpers after one had to sleep for a helper: two at first, twice as many each time it happens
+/// again, and so many at most.
 const ALONE: u32 = 64;
 
 /// One copy under way.
@@ -139,9 +144,9 @@ impl Job {
         }
     }
 
-    /// Claims and copies until nothing is left to claim; tells whether it did anything.
-    fn work(&self) -> bool {
-        let mut any = false;
+    /// Claims and copies until nothing is left to claim; tells how many chunks it did.
+    fn work(&self) -> u32 {
+        let mut chunks = 0;
         while let Some(piece) = self.claim() {
             // SAFETY: the claim succeeded, so these are the pointers of a `run` that has not returned and will not
             // before `done` counts this chunk; chunks partition its copy, so nobody else writes here.
@@ -150,17 +155,17 @@ impl Job {
             if self.waiting.load(SeqCst) {
                 wake(&self.done, 1);
             }
-            any = true;
+            chunks += 1;
         }
-        any
+        chunks
     }
 
-    /// Returns when all chunks are done, those of helpers too; tells whether that took more than patience.
-    fn wait(&self, total: u16) -> bool {
+    /// Returns when all chunks are done, those of helpers too; tells whether that took more than `patience`.
+    fn wait(&self, total: u16, patience: Duration) -> bool {
         let total = u32::from(total);
         let begin = Instant::now();
         while self.done.load(Acquire) != total {
-            if begin.elapsed() >= PATIENCE {
+            if begin.elapsed() >= patience {
                 self.wait_asleep(total);
                 return true;
             }
@@ -188,8 +193,12 @@ struct Shared {
     /// Rings with every publication.
     bell: CachePadded<AtomicU32>,
     sleepers: CachePadded<AtomicU32>,
+    /// Whether helpers were roused for a copy that has not come yet.
+    expected: AtomicBool,
     /// Copies that still go without helpers.
     alone: CachePadded<AtomicU32>,
+    /// How many it was the last time; forgotten by halves while helpers are in time.
+    late: AtomicU32,
     stop: AtomicBool,
 }
 
@@ -202,6 +211,18 @@ impl Shared {
         let free =
             |job: &&CachePadded<Job>| job.taken.compare_exchange(false, true, Acquire, Relaxed).is_ok();
         self.jobs.iter().find(free).map(|job| &**job)
+    }
+
+    /// Decides after a copy how many go without helpers.
+    fn judge(&self, late: bool) {
+        let before = self.late.load(Relaxed);
+        if late {
+            let now = (before * 2).clamp(2, ALONE);
+            self.late.store(now, Relaxed);
+            self.alone.store(now, Relaxed);
+        } else if before > 0 {
+            self.late.store(before / 2, Relaxed);
+        }
     }
 
     fn ring(&self) {
@@ -219,7 +240,7 @@ impl Shared {
             if self.stop.load(SeqCst) {
                 return;
             }
-            let worked = self.jobs.iter().fold(false, |any, job| job.work() | any);
+            let worked = self.jobs.iter().map(|job| job.work()).sum::<u32>() > 0;
             if !worked && !self.rang_within(heard, spin_for) {
                 self.sleepers.fetch_add(1, SeqCst);
                 sleep(&self.bell, heard);
@@ -231,7 +252,9 @@ impl Shared {
     fn rang_within(&self, heard: u32, limit: Duration) -> bool {
         let begin = Instant::now();
         while self.bell.load(Acquire) == heard {
+            let limit = if self.expected.load(Relaxed) { EXPECTED } else { limit };
             if begin.elapsed() >= limit {
+                self.expected.store(false, Relaxed);
                 return false;
             }
             spin();
@@ -278,6 +301,14 @@ impl CopyPool {
         self.helpers.len()
     }
 
+    /// Wakes sleeping helpers for a copy that comes soon: waking takes as long as a good part of the copy.
+    pub fn rouse(&self) {
+        if self.shared.alone.load(Relaxed) == 0 {
+            self.shared.expected.store(true, Relaxed);
+            self.shared.ring();
+        }
+    }
+
     /// Copies with the helpers' help; see [`Copier::copy_threaded`].
     ///
     /// # Safety
@@ -296,11 +327,12 @@ impl CopyPool {
             return unsafe { copier.copy(dst, src, len, hint) };
         };
         let total = job.publish(copier, dst, src, len, hint);
+        self.shared.expected.store(false, Relaxed);
         self.shared.ring();
-        job.work();
-        if job.wait(total) {
-            self.shared.alone.store(ALONE, Relaxed);
-        }
+        let begin = Instant::now();
+        let own = job.work().max(1);
+        let late = job.wait(total, PATIENCE.max(begin.elapsed() * 2 / own));
+        self.shared.judge(late);
         job.taken.store(false, Release);
     }
 }
@@ -423,7 +455,7 @@ mod tests {
         let total =
             job.publish(Copier::detect(), dst.as_mut_ptr(), src.as_ptr(), src.len(), CopyHint::ToDevice);
         pool.shared.ring();
-        job.wait(total);
+        job.wait(total, PATIENCE);
         assert!(dst == src);
     }
 
@@ -438,14 +470,41 @@ mod tests {
                 std::thread::sleep(Duration::from_millis(5));
                 job.work()
             });
-            assert!(job.wait(total), "that was late");
+            assert!(job.wait(total, PATIENCE), "that was late");
         });
         assert!(dst == src);
-        assert!(!job.wait(total), "nothing to wait for any more");
+        assert!(!job.wait(total, PATIENCE), "nothing to wait for any more");
 
-        shared.alone.store(2, Relaxed);
+        shared.judge(true);
         let taken = [(); 3].map(|()| shared.take_slot().is_some());
         assert_eq!(taken, [false, false, true]);
+    }
+
+    #[test]
+    fn helpers_that_are_late_again_and_again_are_asked_less_and_less() {
+        let shared = Shared::default();
+        let alone = |late| {
+            shared.judge(late);
+            shared.alone.load(Relaxed)
+        };
+        assert_eq!([true; 7].map(alone), [2, 4, 8, 16, 32, 64, 64]);
+        shared.alone.store(0, Relaxed);
+        assert_eq!([false, false, true].map(alone), [0, 0, 32], "halved twice, then doubled");
+    }
+
+    #[test]
+    fn who_expects_a_copy_stays_awake_for_it_but_not_for_ever() {
+        let pool = CopyPool::new(0, Duration::ZERO).unwrap();
+        let heard = pool.shared.bell.load(SeqCst);
+        pool.rouse();
+        assert!(pool.shared.rang_within(heard, Duration::ZERO), "who slept is woken");
+        let begin = Instant::now();
+        assert!(!pool.shared.rang_within(heard.wrapping_add(1), Duration::ZERO));
+        assert!(begin.elapsed() >= EXPECTED);
+        assert!(!pool.shared.expected.load(Relaxed), "the next sleep is not put off");
+        pool.shared.judge(true);
+        pool.rouse();
+        assert!(!pool.shared.expected.load(Relaxed), "copies go alone now");
     }
 
     #[test]

@@ -13,6 +13,7 @@
 #![allow(unsafe_code)]
 
 use super::{LINE, Ops, plain_copy, plain_is_zero, plain_zero};
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 /// Bytes in one step of a loop: four cache lines.
@@ -233,6 +234,43 @@ unsafe fn is_zero<L: Lane>(src: *const u8, len: usize) -> bool {
         }
         plain_is_zero(from, len - steps * STEP)
     }
+}
+
+/// Copies the whole blocks of four words by general registers, and says how many bytes these are. In assembly, so that
+/// no compiler makes vectors or a call of it; the order is the one that an emulator translates best: all loads, all stores,
+/// addresses that are one register.
+pub(super) unsafe fn copy_words(dst: *mut u8, src: *const u8, len: usize) -> usize {
+    const BLOCK: usize = 32;
+    let whole = len - len % BLOCK;
+    if whole > 0 {
+        // SAFETY: the caller gives `len` readable and writable, distinct bytes, of which these are the first.
+        unsafe {
+            asm!(
+                "2:",
+                "mov {a}, [{src}]",
+                "mov {b}, [{src} + 8]",
+                "mov {c}, [{src} + 16]",
+                "mov {d}, [{src} + 24]",
+                "add {src}, 32",
+                "mov [{dst}], {a}",
+                "mov [{dst} + 8], {b}",
+                "mov [{dst} + 16], {c}",
+                "mov [{dst} + 24], {d}",
+                "add {dst}, 32",
+                "sub {left}, 32",
+                "jnz 2b",
+                a = out(reg) _,
+                b = out(reg) _,
+                c = out(reg) _,
+                d = out(reg) _,
+                src = inout(reg) src => _,
+                dst = inout(reg) dst => _,
+                left = inout(reg) whole => _,
+                options(nostack),
+            );
+        }
+    }
+    whole
 }
 
 macro_rules! table {
