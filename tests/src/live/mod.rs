@@ -7,6 +7,7 @@
 
 pub mod bench;
 pub mod child;
+pub mod freed;
 pub mod kernel;
 pub mod play;
 pub mod probe;

@@ -22,11 +22,12 @@ use usvm::ground::addr::{SZ_4K, Span};
 use usvm::space::ports::{Vma, VmaKind};
 
 use super::child::{Child, Order, fork_and_exit};
+use super::freed::Freed;
 use super::kernel::Kernel;
 use super::report::Report;
 use super::rules::{Case, Rule, refusal};
 use super::served::{Look, Place, Sabotage, Served, Setup};
-use super::side::{Errno, Side, WORDS, advice, pattern};
+use super::side::{Errno, Page, Side, WORDS, advice, pattern};
 use crate::replay::trace::{Op, RangeView, Trace};
 
 /// The twin's arena lies so far above usvm's.
@@ -71,6 +72,7 @@ pub struct Player<'a> {
     kernel: Kernel,
     now: Look,
     excused: Vec<Option<Rule>>,
+    freed: Freed,
     last_sums: [u64; 2],
     /// Residency is comparable in this space.
     comparable: bool,
@@ -111,6 +113,7 @@ impl<'a> Player<'a> {
             kernel: Kernel::new(trace.arena),
             now: nowhere(pages),
             excused: vec![None; pages],
+            freed: Freed::new(trace.arena),
             last_sums: [0; 2],
             comparable: false,
             report: Report { name: trace.name.clone(), ..Report::default() },
@@ -178,6 +181,7 @@ impl<'a> Player<'a> {
         let answers = self.host_operation(op).or_else(|| self.device_operation(op));
         let before: Vec<bool> = (0..self.now.places.len()).map(|i| self.kernel.on_device(i)).collect();
         let gone = self.kernel.apply(op);
+        self.freed.follow(op);
         if let Some(answers) = answers {
             // What collapsing a span answers depends on its page tables; what it does shows in the contents.
             let by_tables = op.args.last().is_some_and(|w| w == "collapse");
@@ -452,12 +456,14 @@ impl<'a> Player<'a> {
         Ok(true)
     }
 
-    /// The kernel's own choice of what to evict: the pages that went.
+    /// The kernel's own choice of what to evict: the pages that went. What is recorded of a span may have been so before.
     fn evict_as_recorded(&self, op: &Op) -> usvm::Result<()> {
         let Some(served) = &self.served else { return Ok(()) };
-        for (span, letter) in &op.pages {
-            if !matches!(letter, b'd' | b'D') {
-                served.evict(*span)?;
+        let arena = self.trace.arena;
+        for (span, _) in op.pages.iter().filter(|(_, letter)| !matches!(letter, b'd' | b'D')) {
+            let first = arena.page_index(span.start);
+            for page in (first..first + span.pages()).filter(|&i| self.kernel.on_device(i)) {
+                served.evict(arena.page_run(page, 1))?;
             }
         }
         Ok(())
@@ -527,14 +533,38 @@ impl<'a> Player<'a> {
             let page = self.trace.arena.page_run(i, 1);
             let zero = holes[i][0] || Side::read_page(page.start) == Some([0; WORDS]);
             let Some(kept) = Side::read_page(self.twin_of(page.start)).filter(|_| zero) else { continue };
-            let Some(served) = &self.served else { continue };
-            self.report.meant.entry(Rule::Freed).and_modify(|n| *n += 1).or_insert(1);
-            let given = served.let_go(page).map_err(|e| e.to_string());
-            let given = given.and_then(|()| Side::force_page(page.start, &kept).map_err(|e| e.to_string()));
-            if let Err(e) = given {
-                self.wrong(Some(op), format_args!("{page} cannot be given back: {e}"));
-            }
+            self.put(op, page, &kept);
         }
+    }
+
+    /// Writes what the twin has into the program's `page`.
+    fn put(&mut self, op: &Op, page: Span, kept: &Page) {
+        let Some(served) = &self.served else { return };
+        let given = served.let_go(page).map_err(|e| e.to_string());
+        let given = given.and_then(|()| Side::force_page(page.start, kept).map_err(|e| e.to_string()));
+        self.excuse(Rule::Freed, 1);
+        if let Err(e) = given {
+            self.wrong(Some(op), format_args!("{page} cannot be given back: {e}"));
+        }
+    }
+
+    /// One of the two lost the contents of a page of which MADV_FREE was said: both go on with what the other has. Whether
+    /// that is so.
+    fn lost(&mut self, op: Option<&Op>, i: usize, live: Option<Page>, twin: Option<Page>) -> bool {
+        const LOST: Option<Page> = Some([0; WORDS]);
+        let page = self.trace.arena.page_run(i, 1);
+        let (Some(op), true) = (op, self.freed.has(i)) else { return false };
+        match (live, twin) {
+            (LOST, Some(kept)) => self.put(op, page, &kept),
+            (Some(kept), LOST) => {
+                self.excuse(Rule::Freed, 1);
+                if let Err(e) = Side::force_page(self.twin_of(page.start), &kept) {
+                    self.wrong(Some(op), format_args!("{page} cannot be given to the twin: {e}"));
+                }
+            }
+            _ => return false,
+        }
+        true
     }
 
     /// Gives usvm the ranges that the kernel has.
@@ -657,15 +687,16 @@ impl<'a> Player<'a> {
         let at = |i: usize| arena.page_run(i, 1).start;
         let (away, home): (Vec<usize>, Vec<usize>) =
             pages.into_iter().partition(|&i| self.now.places[i] == Place::Device);
-        let mut wrong = Vec::new();
+        let mut differ = Vec::new();
         if let Some(served) = self.served.as_ref().filter(|_| !away.is_empty()) {
             match served.device_pages(away.iter().map(|&i| at(i)).collect()) {
                 Ok(found) => {
                     self.report.device_contents += found.len();
-                    let same = |(i, page): (&usize, &_)| {
-                        Side::read_page(at(*i) + TWIN).is_some_and(|twin| twin != *page).then_some(*i)
+                    let differs = |(i, page): (&usize, Page)| {
+                        let twin = Side::read_page(at(*i) + TWIN)?;
+                        (twin != page).then_some((*i, Some(page), Some(twin)))
                     };
-                    wrong.extend(away.iter().zip(&found).filter_map(same));
+                    differ.extend(away.iter().zip(found.iter().copied()).filter_map(differs));
                 }
                 Err(e) => self.wrong(op, format_args!("device memory cannot be read: {e}")),
             }
@@ -674,11 +705,15 @@ impl<'a> Player<'a> {
         let holes = self.holes(&home);
         for i in home {
             let page = |at, hole| if hole { Some([0; WORDS]) } else { Side::read_page(at) };
-            let same = match (self.kernel.readable[i], holes[i]) {
-                (None, _) | (_, [true, true]) => true,
-                (_, [live, twin]) => page(at(i), live) == page(at(i) + TWIN, twin),
-            };
-            if !same {
+            let (Some(_), [live, twin]) = (self.kernel.readable[i], holes[i]) else { continue };
+            let (live, twin) = (page(at(i), live), page(at(i) + TWIN, twin));
+            if live != twin {
+                differ.push((i, live, twin));
+            }
+        }
+        let mut wrong = Vec::new();
+        for (i, live, twin) in differ {
+            if !self.lost(op, i, live, twin) {
                 wrong.push(i);
             }
         }

@@ -158,9 +158,10 @@ meant! {
         "the kernel collapses nothing that waits for userfaultfd",
         "madvise collapse; the page stays where it was";
     Freed: "MADV_FREE leaves device pages as they are",
-        "they are dropped at once and read as zeroes",
-        "the advice allows it, and userfaultfd reports it as it does MADV_DONTNEED",
-        "madvise free of a page that was on the device: at home, or all zero (the one difference in contents)";
+        "they are dropped at once and read as zeroes; what went to the device afterwards is kept",
+        "the advice allows it, and userfaultfd reports it as it does MADV_DONTNEED; reclaim does not reach a device",
+        "madvise free of a page that was on the device: at home, or all zero; and a page that nobody wrote since the advice: one side has \
+         the contents, the other zeroes (the one difference in contents)";
 }
 
 /// One page at one operation.
