@@ -13,7 +13,8 @@
 //! One thread that faults again and again is served by one awake thread, with no hand-over; threads that fault at the
 //! same time are served by as many. Which of the two it is, is learnt: a message that waits when a fault has just been
 //! served says that there is company. While there is, a thread that waits for its turn to read stays awake, because waking
-//! it costs more than most faults.
+//! it costs more than most faults. But where as many threads fault as there are processors, nobody stays awake: whoever
+//! waits for a page leaves a processor that is awake, and spinning would only take it from the others.
 //!
 //! # Order of events
 //! Reading an event lets the call that caused it return. The messages of one read are handled like this:
@@ -54,6 +55,9 @@ const COMPANY: u32 = 32;
 /// A yield that takes longer says that others want the processor.
 const CROWDED: Duration = Duration::from_micros(200);
 
+/// Faults whose threads are counted.
+const RECENT: usize = 16;
+
 /// One fault that waits.
 #[derive(Debug, Clone, Copy)]
 struct Fault {
@@ -69,6 +73,28 @@ struct Fault {
 struct Reader {
     batch: Vec<Message>,
     spin: Spin,
+    crowd: Crowd,
+}
+
+/// The threads of the last faults.
+struct Crowd {
+    recent: [u32; RECENT],
+    next: usize,
+    processors: usize,
+}
+
+impl Crowd {
+    fn new(processors: usize) -> Self {
+        Self { recent: [0; RECENT], next: 0, processors }
+    }
+
+    /// A fault of thread `tid` came. Whether as many threads fault as there are processors.
+    fn came(&mut self, tid: u32) -> bool {
+        self.recent[self.next % RECENT] = tid;
+        self.next = self.next.wrapping_add(1);
+        let first = |(i, tid): &(usize, &u32)| **tid != 0 && !self.recent[..*i].contains(tid);
+        self.recent.iter().enumerate().filter(first).count() >= self.processors.max(2)
+    }
 }
 
 /// How long to look for the next message before sleeping.
@@ -105,6 +131,8 @@ pub struct Service {
     unhandled: Mutex<VecDeque<Message>>,
     queue: Mutex<VecDeque<Fault>>,
     company: AtomicU32,
+    /// Whether every processor has a thread that faults.
+    crowded: AtomicBool,
     /// How long a thread that is not the reader stays awake for its turn.
     patience: Duration,
     begun: AtomicU64,
@@ -128,10 +156,12 @@ impl Service {
             reader: Mutex::new(Reader {
                 batch: Vec::with_capacity(256),
                 spin: Spin { max: spin, now: Duration::ZERO, last: now },
+                crowd: Crowd::new(std::thread::available_parallelism().map_or(1, usize::from)),
             }),
             unhandled: Mutex::new(VecDeque::with_capacity(256)),
             queue: Mutex::new(VecDeque::with_capacity(256)),
             company: AtomicU32::new(0),
+            crowded: AtomicBool::new(false),
             patience: spin,
             begun: AtomicU64::new(0),
             finished: AtomicU64::new(0),
@@ -162,7 +192,10 @@ impl Service {
     /// Waits for its turn to read. Where there is company it stays awake for a while: to wake it costs more than a fault.
     fn become_reader(&self) -> MutexGuard<'_, Reader> {
         let began = Instant::now();
-        while self.company.load(Ordering::Relaxed) > 0 && began.elapsed() < self.patience {
+        while self.company.load(Ordering::Relaxed) > 0
+            && !self.crowded.load(Ordering::Relaxed)
+            && began.elapsed() < self.patience
+        {
             match self.reader.try_lock() {
                 Ok(reader) => return reader,
                 Err(TryLockError::Poisoned(poisoned)) => return poisoned.into_inner(),
@@ -181,6 +214,10 @@ impl Service {
     /// As the reader: reads and serves until there is a fault that others should not wait behind.
     fn read_and_serve(&self, reader: &mut Reader) -> Result<()> {
         while !self.stop.load(Ordering::Acquire) {
+            // With nothing to serve it waits before it reads: reading stops the flips of others.
+            if self.queue().is_empty() {
+                self.wait(reader, None)?;
+            }
             self.read(reader)?;
             let mut queue = self.queue();
             let now = Instant::now();
@@ -188,7 +225,9 @@ impl Service {
             let Some(first) = ready.next() else {
                 let wake_at = queue.iter().map(|f| f.not_before).min();
                 drop(queue);
-                self.wait(reader, wake_at)?;
+                if wake_at.is_some() {
+                    self.wait(reader, wake_at)?;
+                }
                 continue;
             };
             if ready.any(|f| f.tid != first.tid) {
@@ -255,6 +294,9 @@ impl Service {
         // Sorted, so that the faults of one range are served together: after the first the others find their page.
         faults.sort_unstable();
         faults.dedup();
+        for (_, tid) in &faults {
+            self.crowded.store(reader.crowd.came(*tid), Ordering::Relaxed);
+        }
         let mut queue = self.queue();
         queue.extend(faults.into_iter().map(|(addr, tid)| Fault {
             addr,
@@ -267,13 +309,14 @@ impl Service {
         read.map(|_| any)
     }
 
-    /// Waits for messages, or until `wake_at`.
+    /// Waits for messages, or until `wake_at`. Reads none.
     fn wait(&self, reader: &mut Reader, wake_at: Option<Instant>) -> Result<()> {
         let began = Instant::now();
-        let look_until = reader.spin.last + reader.spin.now;
+        let crowded = self.crowded.load(Ordering::Relaxed);
+        let look_until = reader.spin.last + if crowded { Duration::ZERO } else { reader.spin.now };
         while Instant::now() < look_until {
             // To look takes no gate: flips of other threads go on.
-            if self.host.channel().has_messages() && self.read(reader)? {
+            if self.host.channel().has_messages() {
                 reader.spin.active(Instant::now(), false);
                 return Ok(());
             }
@@ -356,7 +399,8 @@ impl Service {
             Err(TryLockError::Poisoned(poisoned)) => drop(self.read(&mut poisoned.into_inner())),
             Err(TryLockError::WouldBlock) => {
                 let spin = Spin { max: Duration::ZERO, now: Duration::ZERO, last: Instant::now() };
-                drop(self.read(&mut Reader { batch: Vec::new(), spin }));
+                let crowd = Crowd::new(usize::MAX);
+                drop(self.read(&mut Reader { batch: Vec::new(), spin, crowd }));
             }
         }
         while let Some(fault) = self.next_fault() {
