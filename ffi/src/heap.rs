@@ -1,81 +1,86 @@
-//! Where `usvm_malloc` and its family get memory: the C library's heap, with large blocks on huge pages.
+//! The allocator's functions: C11's shapes around `crate::blocks`.
 //!
 //! # Overview
-//! Blocks of 2 MiB or more begin on 2 MiB and are as long as whole huge pages, so that no range has two owners.
+//! These are called often and need nothing but the heap, so they are not framed as the other calls are.
 //!
 //! # Safety
-//! Each function is its namesake of the C library, with the same contract.
+//! The callers' contract is C's: a pointer is one that these functions gave, and is used no more once freed.
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
 
-const HUGE: usize = 2 << 20;
-const LEAST_ALIGNMENT: usize = 16;
+use usvm_capi::heap_error::{ALIGNMENT, NO_MEMORY, TOO_MANY};
 
-fn shaped(alignment: usize, size: usize) -> Option<(usize, usize)> {
-    if size < HUGE {
-        return Some((alignment.max(LEAST_ALIGNMENT), size.max(1)));
+use crate::blocks;
+
+unsafe extern "C" {
+    // By its C name, because the preload library may have it (see `usvm_capi::heap_error`).
+    safe fn usvm_heap_error(what: u32, first: usize, second: usize);
+}
+
+fn fail(what: u32, first: usize, second: usize) -> *mut c_void {
+    usvm_heap_error(what, first, second);
+    std::ptr::null_mut()
+}
+
+fn given(block: *mut c_void, size: usize) -> *mut c_void {
+    if block.is_null() { fail(NO_MEMORY, size, 0) } else { block }
+}
+
+/// See the header.
+#[unsafe(no_mangle)]
+pub extern "C" fn usvm_malloc(size: usize) -> *mut c_void {
+    // SAFETY: any size may be asked for.
+    given(unsafe { blocks::malloc(size) }, size)
+}
+
+/// See the header.
+#[unsafe(no_mangle)]
+pub extern "C" fn usvm_calloc(count: usize, size: usize) -> *mut c_void {
+    let Some(all) = count.checked_mul(size) else { return fail(TOO_MANY, count, size) };
+    // SAFETY: any size may be asked for.
+    given(unsafe { blocks::calloc(all) }, all)
+}
+
+/// See the header.
+///
+/// # Safety
+/// `ptr` is NULL or came from these functions and was not freed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn usvm_realloc(ptr: *mut c_void, size: usize) -> *mut c_void {
+    // SAFETY: the caller's.
+    given(unsafe { blocks::realloc(ptr, size) }, size)
+}
+
+/// See the header.
+#[unsafe(no_mangle)]
+pub extern "C" fn usvm_aligned_alloc(alignment: usize, size: usize) -> *mut c_void {
+    if !alignment.is_power_of_two() {
+        return fail(ALIGNMENT, alignment, 0);
     }
-    Some((alignment.max(HUGE), size.checked_next_multiple_of(HUGE)?))
-        .filter(|(_, size)| *size <= isize::MAX as usize)
+    // SAFETY: a power of two, and any size.
+    given(unsafe { blocks::aligned_alloc(alignment, size) }, size)
 }
 
-pub(crate) unsafe fn aligned_alloc(alignment: usize, size: usize) -> *mut c_void {
-    let mut block = std::ptr::null_mut::<c_void>();
-    let Some((alignment, size)) = shaped(alignment, size) else { return std::ptr::null_mut() };
-    // SAFETY: a live place for the answer; the alignment is a power of two of at least 16.
-    match unsafe { libc::posix_memalign(&mut block, alignment, size) } {
-        0 => block,
-        _ => std::ptr::null_mut(),
+/// See the header.
+///
+/// # Safety
+/// `ptr` is NULL or came from these functions and was not freed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn usvm_free(ptr: *mut c_void) {
+    // SAFETY: the caller's.
+    unsafe { blocks::free(ptr) }
+}
+
+/// See the header.
+///
+/// # Safety
+/// `ptr` is NULL or came from these functions and was not freed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn usvm_usable_size(ptr: *const c_void) -> usize {
+    if ptr.is_null() {
+        return 0;
     }
-}
-
-pub(crate) unsafe fn malloc(size: usize) -> *mut c_void {
-    // SAFETY: any size.
-    unsafe { aligned_alloc(LEAST_ALIGNMENT, size) }
-}
-
-pub(crate) unsafe fn calloc(count: usize, size: usize) -> *mut c_void {
-    let Some(size) = count.checked_mul(size) else { return std::ptr::null_mut() };
-    if size < HUGE {
-        // SAFETY: any size.
-        return unsafe { libc::calloc(1, size.max(1)) };
-    }
-    // SAFETY: any size; a block that was given has `size` bytes.
-    unsafe {
-        let block = malloc(size);
-        if !block.is_null() {
-            std::ptr::write_bytes(block.cast::<u8>(), 0, size);
-        }
-        block
-    }
-}
-
-pub(crate) unsafe fn realloc(block: *mut c_void, size: usize) -> *mut c_void {
-    // SAFETY: the caller's block, or none; both blocks have as many bytes as are copied.
-    unsafe {
-        let old = if block.is_null() { 0 } else { usable_size(block) };
-        if old < HUGE && size < HUGE {
-            return libc::realloc(block, size.max(1));
-        }
-        if old >= HUGE && size >= HUGE && old >= size && old - size < HUGE {
-            return block;
-        }
-        let new = malloc(size);
-        if !new.is_null() {
-            std::ptr::copy_nonoverlapping(block.cast::<u8>(), new.cast(), old.min(size));
-            free(block);
-        }
-        new
-    }
-}
-
-pub(crate) unsafe fn free(block: *mut c_void) {
-    // SAFETY: the caller's block, or none.
-    unsafe { libc::free(block) }
-}
-
-pub(crate) unsafe fn usable_size(block: *const c_void) -> usize {
-    // SAFETY: the caller's block, or none.
-    unsafe { libc::malloc_usable_size(block.cast_mut()) }
+    // SAFETY: the caller's.
+    unsafe { blocks::usable_size(ptr) }
 }

@@ -13,7 +13,7 @@
 //! | `tls` | thread-local storage without the dynamic linker |
 //!
 //! The library starts no runtime of its own unless `USVM_CHAOS` asks for one: whoever uses it first does
-//! (`usvm_ffi::process::acquire`). Until then it costs a program its loading and one branch for each interposed call.
+//! (`usvm_capi::process::acquire`). Until then it costs a program its loading and one branch for each interposed call.
 //!
 //! # What is interposed, and why
 //! munmap, madvise, fork and exec need nothing: userfaultfd tells of the first three, and the last ends it all. What
@@ -45,3 +45,7 @@ mod start;
 mod threads;
 #[cfg(target_arch = "x86_64")]
 mod tls;
+
+/// usvm's own memory must not be migratable: service threads' allocations go to usvm's own arena.
+#[global_allocator]
+static ALLOC: usvm::Routed<std::alloc::System> = usvm::Routed(std::alloc::System);

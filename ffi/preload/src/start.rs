@@ -30,7 +30,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use usvm::{Config, Runtime};
-use usvm_ffi::process;
+use usvm_capi::process;
 
 use crate::{exits, fds, mappings, threads};
 

@@ -103,6 +103,8 @@ static ACTIVE: AtomicUsize = AtomicUsize::new(0);
 /// No notifier's range begins before, and none ends after.
 static LOW: AtomicU64 = AtomicU64::new(u64::MAX);
 static HIGH: AtomicU64 = AtomicU64::new(0);
+/// The process that registered them.
+static OWNER: AtomicU32 = AtomicU32::new(0);
 
 /// A callback that is running on this thread, and the one around it.
 struct Frame {
@@ -132,8 +134,14 @@ fn runs_here(notifier: &Arc<Notifier>) -> bool {
 }
 
 /// Whether there is anybody to tell.
+#[inline]
 pub(crate) fn anybody() -> bool {
     ACTIVE.load(Ordering::Acquire) > 0
+}
+
+/// Whether the notifiers are this process's: a child that runs no fork handlers finds its parent's.
+pub(crate) fn is_owner() -> bool {
+    OWNER.load(Ordering::Relaxed) == std::process::id()
 }
 
 /// In a forked child: nobody.
@@ -153,6 +161,7 @@ fn count(tables: &Tables) {
     }
     LOW.store(low, Ordering::Relaxed);
     HIGH.store(high, Ordering::Relaxed);
+    OWNER.store(std::process::id(), Ordering::Relaxed);
     ACTIVE.store(active, Ordering::Release);
 }
 
@@ -225,11 +234,18 @@ pub(crate) struct Told {
     span: Span,
 }
 
-/// Tells of `changes`, makes them by `real`, and returns when usvm has taken note of them.
+/// Whether `span` is, in part, some notifier's.
+fn concerns(span: Span) -> bool {
+    handles::lock().notifiers.iter().any(|(_, notifier)| notifier.span.overlaps(span))
+}
+
+/// Tells of `changes`, makes them by `real`, and returns when usvm has taken note of them. Where no notifier is concerned
+/// it takes one lock for a moment and waits for nothing: allocators call with locks of their own held.
 pub(crate) fn telling<T>(changes: &[(Reason, Span)], real: impl FnOnce() -> T) -> T {
-    if !anybody() {
+    if !anybody() || !changes.iter().any(|(_, span)| concerns(span.page_aligned())) {
         return real();
     }
+    let errno = result::errno();
     for (reason, span) in changes {
         tell(*reason, span.page_aligned(), u64::MAX);
     }
@@ -237,8 +253,10 @@ pub(crate) fn telling<T>(changes: &[(Reason, Span)], real: impl FnOnce() -> T) -
     let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
     let told = changes.iter().map(|(_, span)| Told { number, span: span.page_aligned() });
     handles::lock().told.extend(told);
+    // What callbacks left in errno is not the call's.
+    result::set_errno(errno);
     let result = real();
-    let errno = std::io::Error::last_os_error().raw_os_error().unwrap_or(0);
+    let errno = result::errno();
     if let Ok(runtime) = handles::runtime() {
         // Its events are in the hub's queue then. A runtime that ends meanwhile tells nothing any more.
         let _ = runtime.barrier();

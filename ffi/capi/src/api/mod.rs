@@ -1,9 +1,9 @@
-//! The functions of `include/usvm.h`, one file for each of its sections.
+//! The functions of `include/usvm.h`, one file for each of its sections but the allocator's.
 //!
 //! # Overview
 //! [`types`] has the C types; `result` the error codes, the thread's last error and the frame around every call;
 //! `user` reads and writes the caller's memory without trusting its pointers; `handles` keeps what handles name.
-//! Then the sections: [`init`], [`device`], [`space`], [`heap`], [`memory`], [`access`], [`attribute`], [`notify`],
+//! Then the sections: [`init`], [`device`], [`space`], [`memory`], [`access`], [`attribute`], [`notify`],
 //! [`stats`].
 //!
 //! # Locking
@@ -20,7 +20,6 @@ pub(crate) mod fork;
 pub mod handles;
 #[cfg(test)]
 mod header_tests;
-pub mod heap;
 pub mod init;
 pub mod memory;
 pub mod notify;
