@@ -6,8 +6,11 @@
 //! of the static library that cargo makes of this.
 //!
 //! The package also has the `usvm` program, which uses nothing of this.
+//!
+//! # Limits
+//! What Rust code of this library allocates is the C library's, or usvm's own; only `usvm_malloc` and its family are the
+//! crate usvm-alloc.
 
-mod blocks;
 pub mod heap;
 pub mod watched;
 

@@ -2,7 +2,8 @@
 //!
 //! # Overview
 //! [`types`] has the C types; `result` the error codes, the thread's last error and the frame around every call;
-//! `user` reads and writes the caller's memory without trusting its pointers; `handles` keeps what handles name.
+//! `user` reads and writes the caller's memory without trusting its pointers; `handles` keeps what handles name; `watched`
+//! knows where notifiers are.
 //! Then the sections: [`init`], [`device`], [`space`], [`memory`], [`access`], [`attribute`], [`notify`],
 //! [`stats`].
 //!
@@ -28,3 +29,4 @@ pub mod space;
 pub mod stats;
 pub mod types;
 pub(crate) mod user;
+mod watched;

@@ -46,6 +46,7 @@ use super::memory::range;
 use super::result::{self, Done, Failure, USVM_ERROR_SYSTEM, call, invalid, usvm_result_t};
 use super::types::*;
 use super::user;
+use super::watched::Watched;
 
 /// Why a callback is called.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,9 +101,8 @@ unsafe impl Sync for Notifier {}
 
 /// Notifiers that are registered.
 static ACTIVE: AtomicUsize = AtomicUsize::new(0);
-/// No notifier's range begins before, and none ends after.
-static LOW: AtomicU64 = AtomicU64::new(u64::MAX);
-static HIGH: AtomicU64 = AtomicU64::new(0);
+/// Their ranges.
+static WATCHED: Watched = Watched::new();
 /// The process that registered them.
 static OWNER: AtomicU32 = AtomicU32::new(0);
 
@@ -147,22 +147,14 @@ pub(crate) fn is_owner() -> bool {
 /// In a forked child: nobody.
 pub(super) fn forget() {
     ACTIVE.store(0, Ordering::Release);
-    LOW.store(u64::MAX, Ordering::Relaxed);
-    HIGH.store(0, Ordering::Relaxed);
+    WATCHED.set(std::iter::empty());
 }
 
 /// After notifiers came or went.
 fn count(tables: &Tables) {
-    let (mut low, mut high, mut active) = (u64::MAX, 0, 0);
-    for (_, notifier) in tables.notifiers.iter() {
-        low = low.min(notifier.span.start);
-        high = high.max(notifier.span.end);
-        active += 1;
-    }
-    LOW.store(low, Ordering::Relaxed);
-    HIGH.store(high, Ordering::Relaxed);
+    WATCHED.set(tables.notifiers.iter().map(|(_, notifier)| notifier.span));
     OWNER.store(std::process::id(), Ordering::Relaxed);
-    ACTIVE.store(active, Ordering::Release);
+    ACTIVE.store(tables.notifiers.iter().count(), Ordering::Release);
 }
 
 impl Notifier {
@@ -234,15 +226,10 @@ pub(crate) struct Told {
     span: Span,
 }
 
-/// Whether `span` is, in part, some notifier's.
-fn concerns(span: Span) -> bool {
-    handles::lock().notifiers.iter().any(|(_, notifier)| notifier.span.overlaps(span))
-}
-
 /// Tells of `changes`, makes them by `real`, and returns when usvm has taken note of them. Where no notifier is concerned
-/// it takes one lock for a moment and waits for nothing: allocators call with locks of their own held.
+/// it takes no lock and waits for nothing.
 pub(crate) fn telling<T>(changes: &[(Reason, Span)], real: impl FnOnce() -> T) -> T {
-    if !anybody() || !changes.iter().any(|(_, span)| concerns(span.page_aligned())) {
+    if !anybody() || !changes.iter().any(|(_, span)| WATCHED.concerns(span.page_aligned())) {
         return real();
     }
     let errno = result::errno();
@@ -350,8 +337,7 @@ impl Hub {
 
     /// On a service thread: only takes note.
     fn hear(&self, change: Change, span: Span) {
-        if span.start >= HIGH.load(Ordering::Relaxed) || span.end <= LOW.load(Ordering::Relaxed) || !anybody()
-        {
+        if !anybody() || !WATCHED.hull(span) {
             return;
         }
         let number = self.numbers.fetch_add(1, Ordering::SeqCst);
