@@ -346,12 +346,13 @@ typedef struct usvm_notifier *usvm_notifier_t;
  * When it is called:
  *  - munmap, mremap, mmap with MAP_FIXED, madvise and mprotect, called by the program or any of its libraries: on the
  *    calling thread, before the change, so before the call returns. For this libusvm must come before the C library in
- *    the search for symbols: link with it, or preload it; dlopen is not enough.
+ *    the search for symbols: link with it, or preload it; dlopen is not enough. Under `usvm run` the preload library
+ *    does the same.
  *  - What the C library unmaps inside itself (free of a large block, a thread's stack) and direct system calls are seen
  *    only where a device used the memory, and told right after, on a thread of usvm.
- *  - usvm_free is no change: the block's pages stay for the next usvm_malloc. When usvm's allocator gives them back to the
- *    system, in later calls, or usvm_realloc moves the pages of a large block, that is told as DISCARD or REMAP right
- *    after, and only where a device used the memory.
+ *  - usvm_free by itself changes nothing. When usvm's allocator gives pages back to the system, at once or some seconds
+ *    later, or usvm_realloc moves those of a large block, that is told as DISCARD or REMAP right after, and only where a
+ *    device used the memory.
  *  - MIGRATE is told after the pages moved, on a thread of usvm; what is held by usvm_begin_access does not migrate.
  *  - All that was told late is told before the next usvm_begin_access, usvm_fence_wait or usvm_prefetch returns.
  *
