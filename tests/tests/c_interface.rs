@@ -176,7 +176,7 @@ fn under_the_preload_library() {
     let mut command = staged(&heap);
     command.arg("preloaded").env("LD_PRELOAD", preload_library());
     assert_eq!(run(&mut command), "heap: good\n");
-    for name in ["basic", "misuse", "notify", "threads", "nofault"] {
+    for name in ["basic", "misuse", "notify", "threads", "fork", "nofault"] {
         let program = compile("cc", "-std=c11", &format!("tests/c/{name}.c"), &[]);
         let said = run(staged(&program).env("LD_PRELOAD", preload_library()));
         assert!(said.ends_with(&format!("{name}: good\n")), "{said}");
