@@ -5,7 +5,7 @@
 #
 # STATICLIB is target/release/libusvm_ffi.a. The linker that cargo drives cannot give symbols versions (it has a version
 # script of its own), so the shared library is linked here. First everything goes into one object in which only the
-# header's functions and the watched ones (ffi/src/interpose.rs) stay global: libusvm.a hides its insides, too, and two
+# header's functions and the watched ones (ffi/src/watched.rs) stay global: libusvm.a hides its insides, too, and two
 # Rust libraries fit into one program.
 set -eu
 

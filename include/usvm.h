@@ -178,9 +178,12 @@ USVM_API usvm_result_t usvm_set_policy(usvm_space_t space, const char *policy);
 /* ------------------------------------------------------------------ memory */
 
 /*
- * An allocator with the shapes of C11's, for memory that is meant to migrate: large blocks begin on 2 MiB and share no
- * page with others. Needs no usvm_init. Any other memory migrates as well. Failures are NULL with errno set (ENOMEM,
- * EINVAL), and usvm_last_error.
+ * An allocator with the shapes of C11's, for memory that is meant to migrate: blocks of 2 MiB or more are whole pieces of
+ * 2 MiB, smaller ones share such pieces with others of this allocator and with nothing else. What is known about blocks
+ * lies elsewhere: freeing one that is on a device touches and moves nothing. Any other memory migrates as well.
+ *
+ * Needs no usvm_init, and blocks outlive usvm_shutdown. Failures are NULL with errno set (ENOMEM, EINVAL), and
+ * usvm_last_error. Notifiers are not called inside these functions: see usvm_notifier_register.
  */
 
 USVM_API void *usvm_malloc(size_t size) USVM_MALLOC_LIKE(1);
@@ -343,16 +346,21 @@ typedef struct usvm_notifier *usvm_notifier_t;
  * When it is called:
  *  - munmap, mremap, mmap with MAP_FIXED, madvise and mprotect, called by the program or any of its libraries: on the
  *    calling thread, before the change, so before the call returns. For this libusvm must come before the C library in
- *    the search for symbols: link with it, or preload it; dlopen is not enough.
+ *    the search for symbols: link with it, or preload it; dlopen is not enough. Under `usvm run` the preload library
+ *    does the same.
  *  - What the C library unmaps inside itself (free of a large block, a thread's stack) and direct system calls are seen
  *    only where a device used the memory, and told right after, on a thread of usvm.
+ *  - usvm_free by itself changes nothing. When usvm's allocator gives pages back to the system, at once or some seconds
+ *    later, or usvm_realloc moves those of a large block, that is told as DISCARD or REMAP right after, and only where a
+ *    device used the memory.
  *  - MIGRATE is told after the pages moved, on a thread of usvm; what is held by usvm_begin_access does not migrate.
  *  - All that was told late is told before the next usvm_begin_access, usvm_fence_wait or usvm_prefetch returns.
  *
  * Those calls wait for callbacks that run at the time: hold no lock around them that a callback takes.
  *
  * A callback may call anything of usvm, touch any memory, and unmap; it is not told of what it does itself. It is not
- * called with any lock of usvm held, and must not end by an exception or longjmp. The thread that called munmap waits.
+ * called with any lock of usvm held, and must not end by an exception or longjmp. The thread that called munmap waits; if it
+ * is an allocator of the program's own that holds locks meanwhile, the callback must not need them.
  */
 USVM_API usvm_result_t usvm_notifier_register(usvm_space_t space, const void *ptr, size_t len,
                                               usvm_notifier_callback_t callback, void *user, usvm_notifier_t *notifier);

@@ -6,6 +6,9 @@
 //! and returns its pages with [`drop_pages`] instead, so addresses are always in one of a few known places, and
 //! [`owns`] is a comparison.
 //!
+//! What is done to memory that is, or was, the program's is a direct system call: a library that watches `madvise` and its
+//! like (libusvm, the preload library) would call the program back from inside its own `malloc`.
+//!
 //! # Locking
 //! None. The next free address is an atomic; reservations are published in a table of atomics.
 //!
@@ -101,7 +104,7 @@ fn has_small_pages(at: usize) -> bool {
 pub(crate) unsafe fn prefer_huge_pages(at: *mut u8, size: usize) {
     if has_small_pages(at.addr()) {
         // SAFETY: the caller's contract; the advice changes no contents.
-        unsafe { libc::madvise(at.cast(), size - size % SPAN, libc::MADV_HUGEPAGE) };
+        unsafe { advise(at, size - size % SPAN, libc::MADV_HUGEPAGE) };
     }
 }
 
@@ -115,12 +118,12 @@ fn open(at: usize, size: usize, small: bool) -> Option<*mut u8> {
     let at = ptr::with_exposed_provenance_mut::<u8>(at);
     // SAFETY: the bytes belong to a reservation of ours and were given out just now, to us.
     unsafe {
-        if libc::mprotect(at.cast(), size, libc::PROT_READ | libc::PROT_WRITE) != 0 {
+        if libc::syscall(libc::SYS_mprotect, at, size, libc::PROT_READ | libc::PROT_WRITE) != 0 {
             return None;
         }
         if !small {
             // Without huge pages it only gets slower.
-            libc::madvise(at.cast(), size, libc::MADV_HUGEPAGE);
+            advise(at, size, libc::MADV_HUGEPAGE);
         }
     }
     Some(at)
@@ -179,7 +182,16 @@ fn map(size: usize, protection: libc::c_int) -> Option<*mut u8> {
 /// The bytes belong to a span that the caller took, and nobody uses what they contain.
 pub(crate) unsafe fn drop_pages(at: *mut u8, size: usize) -> bool {
     // SAFETY: the caller's contract.
-    unsafe { libc::madvise(at.cast(), size, libc::MADV_DONTNEED) == 0 }
+    unsafe { advise(at, size, libc::MADV_DONTNEED) }
+}
+
+/// madvise(2). False if the system refused.
+///
+/// # Safety
+/// As madvise.
+unsafe fn advise(at: *mut u8, size: usize, advice: libc::c_int) -> bool {
+    // SAFETY: the caller's contract.
+    unsafe { libc::syscall(libc::SYS_madvise, at, size, advice) == 0 }
 }
 
 /// Moves the pages of `[from, from + size)` to `to`, where they replace what was there; `from` reads as zero afterwards. False if
@@ -191,6 +203,5 @@ pub(crate) unsafe fn move_pages(from: *mut u8, to: *mut u8, size: usize) -> bool
     // Without DONTUNMAP there would be a hole that somebody else's mapping could take.
     let how = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
     // SAFETY: the caller's contract.
-    let moved = unsafe { libc::mremap(from.cast(), size, size, how, to.cast::<libc::c_void>()) };
-    moved != libc::MAP_FAILED
+    unsafe { libc::syscall(libc::SYS_mremap, from, size, size, how, to) != -1 }
 }

@@ -1,81 +1,127 @@
-//! Where `usvm_malloc` and its family get memory: the C library's heap, with large blocks on huge pages.
+//! The allocator's functions: C11's shapes around [`usvm_alloc`].
 //!
 //! # Overview
-//! Blocks of 2 MiB or more begin on 2 MiB and are as long as whole huge pages, so that no range has two owners.
+//! These are called often and need nothing but the heap, so they are not framed as the other calls are, and they may be
+//! called when usvm does not run. Blocks of 2 MiB or more are as long as whole huge pages, so that no range has two owners.
+//!
+//! The heap makes its system calls itself, past the watched functions: a callback would run inside `usvm_malloc` or
+//! `usvm_free`, with whatever locks their caller holds. Notifiers hear of what it drops or moves by the kernel's events.
+//!
+//! # Limits
+//! Threads of usvm do not come here: callbacks run on others.
 //!
 //! # Safety
-//! Each function is its namesake of the C library, with the same contract.
+//! The callers' contract is C's: a pointer is one that these functions gave, and is used no more once freed.
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
+use std::ptr::null_mut;
+
+use usvm_capi::heap_error::{ALIGNMENT, NO_MEMORY, TOO_MANY};
+
+unsafe extern "C" {
+    // By its C name, because the preload library may have it (see `usvm_capi::heap_error`).
+    safe fn usvm_heap_error(what: u32, first: usize, second: usize);
+}
 
 const HUGE: usize = 2 << 20;
-const LEAST_ALIGNMENT: usize = 16;
 
-fn shaped(alignment: usize, size: usize) -> Option<(usize, usize)> {
-    if size < HUGE {
-        return Some((alignment.max(LEAST_ALIGNMENT), size.max(1)));
-    }
-    Some((alignment.max(HUGE), size.checked_next_multiple_of(HUGE)?))
-        .filter(|(_, size)| *size <= isize::MAX as usize)
+fn fail(what: u32, first: usize, second: usize) -> *mut c_void {
+    usvm_heap_error(what, first, second);
+    null_mut()
 }
 
-pub(crate) unsafe fn aligned_alloc(alignment: usize, size: usize) -> *mut c_void {
-    let mut block = std::ptr::null_mut::<c_void>();
-    let Some((alignment, size)) = shaped(alignment, size) else { return std::ptr::null_mut() };
-    // SAFETY: a live place for the answer; the alignment is a power of two of at least 16.
-    match unsafe { libc::posix_memalign(&mut block, alignment, size) } {
-        0 => block,
-        _ => std::ptr::null_mut(),
+/// What `make` makes of `size`, in whole huge pages from one on.
+fn whole(size: usize, make: impl FnOnce(usize) -> *mut c_void) -> *mut c_void {
+    let shaped = if size < HUGE { Some(size) } else { size.checked_next_multiple_of(HUGE) };
+    let block = shaped.map_or(null_mut(), make);
+    if block.is_null() { fail(NO_MEMORY, size, 0) } else { block }
+}
+
+/// See the header.
+#[unsafe(no_mangle)]
+pub extern "C" fn usvm_malloc(size: usize) -> *mut c_void {
+    // SAFETY: any size may be asked for.
+    whole(size, |size| unsafe { usvm_alloc::malloc(size) })
+}
+
+/// See the header.
+#[unsafe(no_mangle)]
+pub extern "C" fn usvm_calloc(count: usize, size: usize) -> *mut c_void {
+    match count.checked_mul(size) {
+        // SAFETY: any size may be asked for.
+        Some(all) => whole(all, |all| unsafe { usvm_alloc::calloc(1, all) }),
+        None => fail(TOO_MANY, count, size),
     }
 }
 
-pub(crate) unsafe fn malloc(size: usize) -> *mut c_void {
-    // SAFETY: any size.
-    unsafe { aligned_alloc(LEAST_ALIGNMENT, size) }
+/// See the header.
+///
+/// # Safety
+/// `ptr` is NULL or came from these functions and was not freed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn usvm_realloc(ptr: *mut c_void, size: usize) -> *mut c_void {
+    // SAFETY: the caller's.
+    whole(size, |size| unsafe { usvm_alloc::realloc(ptr, size) })
 }
 
-pub(crate) unsafe fn calloc(count: usize, size: usize) -> *mut c_void {
-    let Some(size) = count.checked_mul(size) else { return std::ptr::null_mut() };
-    if size < HUGE {
-        // SAFETY: any size.
-        return unsafe { libc::calloc(1, size.max(1)) };
+/// See the header.
+#[unsafe(no_mangle)]
+pub extern "C" fn usvm_aligned_alloc(alignment: usize, size: usize) -> *mut c_void {
+    if !alignment.is_power_of_two() {
+        return fail(ALIGNMENT, alignment, 0);
     }
-    // SAFETY: any size; a block that was given has `size` bytes.
-    unsafe {
-        let block = malloc(size);
-        if !block.is_null() {
-            std::ptr::write_bytes(block.cast::<u8>(), 0, size);
+    // SAFETY: a power of two, and any size.
+    whole(size, |size| unsafe { usvm_alloc::aligned_alloc(alignment, size) })
+}
+
+/// See the header.
+///
+/// # Safety
+/// `ptr` is NULL or came from these functions and was not freed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn usvm_free(ptr: *mut c_void) {
+    // SAFETY: the caller's.
+    unsafe { usvm_alloc::free(ptr) }
+}
+
+/// See the header.
+///
+/// # Safety
+/// `ptr` is NULL or came from these functions and was not freed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn usvm_usable_size(ptr: *const c_void) -> usize {
+    if ptr.is_null() {
+        return 0;
+    }
+    // SAFETY: the caller's.
+    unsafe { usvm_alloc::usable_size(ptr) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn large_blocks_are_whole_huge_pages() {
+        for size in [HUGE, HUGE + 1, 3 * HUGE - 1, 5 * HUGE / 2, 9 << 20, 17 * HUGE + 5] {
+            let block = usvm_malloc(size);
+            // SAFETY: a live block.
+            let usable = unsafe { usvm_usable_size(block) };
+            assert!(block.addr().is_multiple_of(HUGE) && usable.is_multiple_of(HUGE) && usable >= size);
+            // SAFETY: freed once, under its last address.
+            unsafe { usvm_free(usvm_realloc(block, size + HUGE)) };
         }
-        block
     }
-}
 
-pub(crate) unsafe fn realloc(block: *mut c_void, size: usize) -> *mut c_void {
-    // SAFETY: the caller's block, or none; both blocks have as many bytes as are copied.
-    unsafe {
-        let old = if block.is_null() { 0 } else { usable_size(block) };
-        if old < HUGE && size < HUGE {
-            return libc::realloc(block, size.max(1));
+    #[test]
+    fn sizes_that_cannot_be_are_no_memory() {
+        for size in [usize::MAX, usize::MAX - HUGE, isize::MAX as usize] {
+            assert!(usvm_malloc(size).is_null() && usvm_calloc(1, size).is_null());
+            assert!(usvm_aligned_alloc(1 << 30, size).is_null());
+            // SAFETY: no block.
+            assert!(unsafe { usvm_realloc(null_mut(), size) }.is_null());
         }
-        if old >= HUGE && size >= HUGE && old >= size && old - size < HUGE {
-            return block;
-        }
-        let new = malloc(size);
-        if !new.is_null() {
-            std::ptr::copy_nonoverlapping(block.cast::<u8>(), new.cast(), old.min(size));
-            free(block);
-        }
-        new
+        assert!(usvm_calloc(usize::MAX / 2, 3).is_null() && usvm_aligned_alloc(24, 8).is_null());
     }
-}
-
-pub(crate) unsafe fn free(block: *mut c_void) {
-    // SAFETY: the caller's block, or none.
-    unsafe { libc::free(block) }
-}
-
-pub(crate) unsafe fn usable_size(block: *const c_void) -> usize {
-    // SAFETY: the caller's block, or none.
-    unsafe { libc::malloc_usable_size(block.cast_mut()) }
 }

@@ -1,17 +1,20 @@
-//! usvm's C interface, and what it shares with the preload library.
+//! libusvm: what its shared and its static library are made of.
 //!
 //! # Overview
-//! `include/usvm.h` is the contract, and its reader's documentation; each function of it is one function of [`api`], which
-//! checks every argument and then calls the process's [`usvm::Runtime`] ([`process`]). [`interpose`] has the functions of
-//! the C library that are watched for the sake of notifiers.
+//! The functions of `include/usvm.h` are `usvm_capi`'s, but for the allocator's, which are here ([`heap`]). [`watched`] has
+//! the functions of the C library that are watched for the sake of notifiers. `ffi/link.sh` makes libusvm.so and libusvm.a
+//! of the static library that cargo makes of this.
 //!
-//! The rlib is for the preload library and the `usvm` program; `ffi/link.sh` makes libusvm.so and libusvm.a of the
-//! staticlib.
+//! The package also has the `usvm` program, which uses nothing of this.
+//!
+//! # Limits
+//! What Rust code of this library allocates is the C library's, or usvm's own; only `usvm_malloc` and its family are the
+//! crate usvm-alloc.
 
-pub mod api;
-mod heap;
-pub mod interpose;
-pub mod process;
+pub mod heap;
+pub mod watched;
+
+use usvm_capi as _;
 
 /// usvm's own memory must not be migratable: service threads' allocations go to usvm's own arena.
 #[global_allocator]

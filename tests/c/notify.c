@@ -1,10 +1,12 @@
 /* Notifiers: who is told of what, when, and what a callback may do. */
 #define _GNU_SOURCE
 #include "check.h"
+#include <errno.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #define M2 ((size_t)2 << 20)
@@ -33,6 +35,7 @@ static void note(void *user, void *addr, size_t len, usvm_notify_reason_t reason
             log->seen = *log->look_at; /* comes back from the device for this */
     }
     log->calls[reason < 8 ? reason : 0]++;
+    errno = EDOM; /* is not the caller's to see */
 }
 
 static int calls(log_t *log, int reason) {
@@ -85,7 +88,8 @@ static void before_the_pages_go(int on_device) {
     CHECK(calls(&log, USVM_NOTIFY_UNMAP) == 1 && log.addr == at + 8192 && log.len == 4096);
 
     log.seen = 0;
-    CHECK(munmap(at, LEN) == 0);
+    errno = ERANGE;
+    CHECK(munmap(at, LEN) == 0 && errno == ERANGE);
     CHECK(calls(&log, USVM_NOTIFY_UNMAP) == 2 && log.addr == at && log.len == LEN);
     CHECK(log.seen == 77);
     CHECK(pthread_equal(log.thread, pthread_self()));
@@ -108,7 +112,7 @@ static void only_the_part_concerned(void) {
     CHECK(all_calls(&log) == 0);
     CHECK(munmap(at + 3 * 4096, LEN - 3 * 4096) == 0);
     CHECK(calls(&log, USVM_NOTIFY_UNMAP) == 1 && log.addr == at + 3 * 4096 && log.len == 4096);
-    CHECK(munmap(at + 4096, (size_t)-1) == -1); /* fails, and told all the same: harmless */
+    CHECK(munmap(at + 4096, (size_t)-1) == -1 && errno == EINVAL); /* fails, and told all the same: harmless */
     OK(usvm_notifier_unregister(notifier));
     CHECK(munmap(at + 4096, 2 * 4096) == 0);
     CHECK(calls(&log, USVM_NOTIFY_UNMAP) <= 2);
@@ -202,6 +206,55 @@ static void behind_the_back(void) {
     CHECK(calls(&log, USVM_NOTIFY_UNMAP) >= 1);
     OK(usvm_notifier_unregister(notifier));
     munmap(other, 4096);
+}
+
+/* What usvm's allocator gives back or moves: told late, never inside its functions. */
+static void by_the_allocator(void) {
+    unsigned char *block = usvm_malloc(LEN);
+    CHECK(block != NULL);
+    memset(block, 6, LEN);
+    log_t log = {0};
+    usvm_notifier_t notifier = watch(block, LEN, note, &log);
+    OK(usvm_prefetch(space, block, LEN, DEVICE, NULL));
+    unsigned char *fence = usvm_malloc(LEN); /* behind it: it cannot grow in place */
+    unsigned char *moved = usvm_realloc(block, 8 * LEN);
+    CHECK(fence && moved && moved != block && moved[0] == 6 && moved[LEN - 1] == 6);
+    unsigned char *other = map(4096);
+    *other = 1;
+    OK(usvm_prefetch(space, other, 4096, DEVICE, NULL));
+    CHECK(all_calls(&log) >= 1 && !pthread_equal(log.thread, pthread_self()));
+    OK(usvm_notifier_unregister(notifier));
+
+    memset(&log, 0, sizeof log);
+    notifier = watch(moved, 8 * LEN, note, &log);
+    OK(usvm_prefetch(space, moved, 8 * LEN, DEVICE, NULL));
+    usvm_free(moved);
+    usvm_free(fence);
+    moved = usvm_calloc(8, LEN); /* the pages are exchanged for fresh ones by now */
+    CHECK(moved != NULL && moved[0] == 0 && moved[8 * LEN - 1] == 0);
+    OK(usvm_prefetch(space, other, 4096, DEVICE, NULL));
+    CHECK(calls(&log, USVM_NOTIFY_DISCARD) >= 1 && !pthread_equal(log.thread, pthread_self()));
+    usvm_free(moved);
+    OK(usvm_notifier_unregister(notifier));
+    munmap(other, 4096);
+}
+
+/* A child made past the C library has its parent's notifiers in its memory, and tells nobody. */
+static void a_child_without_handlers(void) {
+    unsigned char *at = map(LEN);
+    memset(at, 1, LEN);
+    log_t log = {0};
+    usvm_notifier_t notifier = watch(at, LEN, note, &log);
+    pid_t child = (pid_t)syscall(SYS_fork);
+    CHECK(child >= 0);
+    if (child == 0) {
+        int failed = mprotect(at, 4096, PROT_READ) || madvise(at, LEN, MADV_DONTNEED) || munmap(at, LEN);
+        syscall(SYS_exit_group, failed || all_calls(&log) ? 1 : 37);
+    }
+    int status;
+    CHECK(waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 37);
+    CHECK(all_calls(&log) == 0 && munmap(at, LEN) == 0 && calls(&log, USVM_NOTIFY_UNMAP) == 1);
+    OK(usvm_notifier_unregister(notifier));
 }
 
 /* A callback that does all that callbacks may do. */
@@ -335,6 +388,8 @@ int main(void) {
     remapping();
     migrating();
     behind_the_back();
+    by_the_allocator();
+    a_child_without_handlers();
     callbacks_call_in();
     unregister_waits();
     many_threads();

@@ -134,6 +134,55 @@ fn notifiers_are_told_before_the_pages_go() {
     good("notify");
 }
 
+const SHARED: &[&str] = &["-DSHARED", "-ldl"];
+
+#[test]
+fn freeing_what_is_on_the_device_moves_nothing() {
+    let program = compile("cc", "-std=c11", "tests/c/heap.c", SHARED);
+    assert_eq!(run(&mut staged(&program)), "heap: good\n");
+}
+
+#[test]
+fn freeing_in_a_program_without_the_shared_library() {
+    for kind in ["-no-pie", "-static"] {
+        let program = target().join("c-programs").join(format!("heap{kind}"));
+        std::fs::create_dir_all(target().join("c-programs")).unwrap();
+        let mut command = Command::new("cc");
+        command.args(["-std=c11", kind]).args(STRICT).arg(include()).arg("-o").arg(&program);
+        command.args([root().join("tests/c/heap.c"), libraries().join("libusvm.a")]);
+        tool(command.args(if kind == "-static" { ["-lgcc_eh", "-lm"] } else { ["-lgcc_s", "-lm"] }));
+        assert_eq!(run(&mut Command::new(&program)), "heap: good\n", "{kind}");
+    }
+}
+
+/// The preload library, built once.
+fn preload_library() -> &'static Path {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    BUILT.get_or_init(|| {
+        tool(
+            Command::new(env!("CARGO"))
+                .args(["build", "--release", "--quiet", "-p", "usvm-preload"])
+                .env("CARGO_TARGET_DIR", target())
+                .current_dir(root()),
+        );
+        target().join("release/libusvm_preload.so")
+    })
+}
+
+/// A program of libusvm under the preload library has one usvm: everything but the heap is the preload library's.
+#[test]
+fn under_the_preload_library() {
+    let heap = compile("cc", "-std=c11", "tests/c/heap.c", SHARED);
+    let mut command = staged(&heap);
+    command.arg("preloaded").env("LD_PRELOAD", preload_library());
+    assert_eq!(run(&mut command), "heap: good\n");
+    for name in ["basic", "misuse", "notify", "threads", "fork", "nofault"] {
+        let program = compile("cc", "-std=c11", &format!("tests/c/{name}.c"), &[]);
+        let said = run(staged(&program).env("LD_PRELOAD", preload_library()));
+        assert!(said.ends_with(&format!("{name}: good\n")), "{said}");
+    }
+}
+
 #[test]
 fn eight_threads_at_once() {
     good("threads");
@@ -217,9 +266,51 @@ fn loaded_while_the_program_runs() {
             .args(STRICT)
             .arg("-o")
             .args([program.as_os_str(), root().join("tests/c/late.c").as_os_str()])
-            .arg("-ldl"),
+            .args(["-ldl", "-lpthread"]),
     );
-    assert_eq!(run(Command::new(program).arg(libraries().join("libusvm.so.0"))), "late: good\n");
+    let library = libraries().join("libusvm.so.0");
+    assert_eq!(run(Command::new(&program).arg(&library)), "late: good\n");
+    // Where no room at all is left for static storage beyond what was there at the start.
+    let mut full = Command::new(&program);
+    full.arg(&library).env("GLIBC_TUNABLES", "glibc.rtld.optional_static_tls=0");
+    assert_eq!(run(&mut full), "late: good\n");
+}
+
+const CTYPES: &str = r#"
+import ctypes, sys, threading
+usvm = ctypes.CDLL(sys.argv[1])
+usvm.usvm_malloc.restype = ctypes.c_void_p
+usvm.usvm_malloc.argtypes = [ctypes.c_size_t]
+usvm.usvm_free.argtypes = [ctypes.c_void_p]
+usvm.usvm_fill.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+usvm.usvm_device_get.argtypes = [ctypes.c_uint32, ctypes.c_void_p]
+usvm.usvm_space_create.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+usvm.usvm_space_destroy.argtypes = [ctypes.c_void_p]
+assert usvm.usvm_init(None) == 0
+device, space = ctypes.c_void_p(), ctypes.c_void_p()
+assert usvm.usvm_device_get(0, ctypes.byref(device)) == 0
+assert usvm.usvm_space_create(device, None, ctypes.byref(space)) == 0
+def use(seed):
+    for size in (100, 70_000, 3 << 20):
+        block = usvm.usvm_malloc(size)
+        assert usvm.usvm_fill(space, block, seed, size) == 0
+        assert ctypes.string_at(block, size) == bytes([seed]) * size
+        assert usvm.usvm_fill(space, block, 0, size) == 0
+        usvm.usvm_free(block)
+threads = [threading.Thread(target=use, args=(n,)) for n in range(1, 5)]
+[t.start() for t in threads], use(9), [t.join() for t in threads]
+assert usvm.usvm_space_destroy(space) == 0 and usvm.usvm_shutdown() == 0
+print("ctypes: good")
+"#;
+
+#[test]
+fn loaded_by_python() {
+    if !output(Command::new("sh").args(["-c", "command -v python3"])).status.success() {
+        return skipped("python3 is not installed");
+    }
+    let mut command = Command::new("python3");
+    command.args(["-c", CTYPES]).arg(libraries().join("libusvm.so.0"));
+    assert_eq!(run(&mut command), "ctypes: good\n");
 }
 
 /// Compiles a text without linking it.
@@ -249,6 +340,9 @@ fn the_headers_compile_alone_and_everywhere() {
 /// Names that the C library has, too, and that are watched.
 const WATCHED: [&str; 6] = ["madvise", "mmap", "mmap64", "mprotect", "mremap", "munmap"];
 
+/// What the heap and whichever library has `usvm_last_error` say to each other.
+const PRIVATE: &str = "usvm_heap_error";
+
 /// The functions that the header declares.
 fn declared() -> Vec<String> {
     let text = std::fs::read_to_string(root().join("include/usvm.h")).unwrap();
@@ -267,7 +361,8 @@ fn the_library_exports_the_header_and_nothing_else() {
     let mut want: Vec<String> = declared().iter().map(|name| format!("{name}@@USVM_0.1")).collect();
     assert_eq!(want.len(), 33);
     want.extend(WATCHED.map(String::from));
-    want.push("USVM_0.1".into());
+    want.extend(["USVM_0.1", "USVM_PRIVATE"].map(String::from));
+    want.push(format!("{PRIVATE}@@USVM_PRIVATE"));
     want.sort();
     let symbols = tool(Command::new("nm").args(["-D", "--defined-only"]).arg(&so));
     let mut got: Vec<_> = symbols.lines().filter_map(|l| l.split_whitespace().nth(2)).collect();
@@ -277,11 +372,18 @@ fn the_library_exports_the_header_and_nothing_else() {
     let dynamic = tool(Command::new("readelf").args(["-dW"]).arg(&so));
     assert!(dynamic.contains("soname: [libusvm.so.0]"), "{dynamic}");
     assert!(dynamic.contains("NODELETE") && !dynamic.contains("TEXTREL"), "{dynamic}");
+    // It may be loaded late, and what it keeps for each thread is more than fits into static storage then.
+    assert!(!dynamic.contains("STATIC_TLS"), "{dynamic}");
+    let segments = tool(Command::new("readelf").args(["-lW"]).arg(&so));
+    let kept = segments.lines().find_map(|l| l.trim().strip_prefix("TLS ")).expect("a segment for threads");
+    let size = kept.split_whitespace().nth(4).and_then(|size| u64::from_str_radix(&size[2..], 16).ok());
+    assert!(size.is_some_and(|size| size > 512), "{kept}");
 
     let archive =
         tool(Command::new("nm").args(["--defined-only", "--extern-only"]).arg(libraries().join("libusvm.a")));
     let mut want = declared();
     want.extend(WATCHED.map(String::from));
+    want.push(PRIVATE.into());
     want.sort();
     let mut got: Vec<_> = archive.lines().filter_map(|l| l.split_whitespace().nth(2)).collect();
     got.sort_unstable();

@@ -182,6 +182,24 @@ fn mappings_under_the_programs_hands() {
     the_same(&compile("maps.c", "maps", &[]), &[], ALL, true);
 }
 
+/// What another library interposes comes after the preload library, and is called once for each call of the program.
+#[test]
+fn other_libraries_that_watch_mappings() {
+    compile("counter.c", "libcounter.so", &["-shared", "-fPIC"]);
+    let folder = scratch().to_str().expect("a plain path");
+    let (search, path) = (format!("-L{folder}"), format!("-Wl,-rpath,{folder}"));
+    let program = compile("counted.c", "counted", &["-Wl,--no-as-needed", &search, &path, "-lcounter"]);
+    the_same(&program, &[], &[Mode::On], false);
+    let _alone = alone();
+    let off = {
+        let mut command = command(&program, &[], Mode::On);
+        command.env("USVM_ENABLE", "0");
+        run(command)
+    };
+    let text = String::from_utf8_lossy(&off.stdout).into_owned();
+    assert_eq!(text, "mmap 2 mmap64 1 mprotect 1 madvise 1 mremap 1 munmap 3 errno kept\n");
+}
+
 #[test]
 fn a_limited_address_space() {
     let program = compile("maps.c", "maps-limited", &[]);

@@ -8,15 +8,17 @@
 //! | `fds` | keeps usvm's own descriptors from programs that close everything |
 //! | `exits` | statistics of programs that leave by `_exit` |
 //! | `mappings` | calls that show where usvm divided mappings |
+//! | `watched` | calls that change mappings, for notifiers |
 //! | `opencl` | the layer of the OpenCL loader; unified shared memory for drivers without it |
 //! | `next` | the functions behind those that are interposed |
 //! | `tls` | thread-local storage without the dynamic linker |
 //!
 //! The library starts no runtime of its own unless `USVM_CHAOS` asks for one: whoever uses it first does
-//! (`usvm_ffi::process::acquire`). Until then it costs a program its loading and one branch for each interposed call.
+//! (`usvm_capi::process::acquire`). Until then it costs a program its loading and one branch for each interposed call.
 //!
 //! # What is interposed, and why
-//! munmap, madvise, fork and exec need nothing: userfaultfd tells of the first three, and the last ends it all. What
+//! fork and exec need nothing: userfaultfd tells of the first, and the last ends it all. It tells of munmap and madvise,
+//! too, but after the fact, and notifiers want to hear of it before (`munmap`, `mmap`, `mmap64`, `madvise`, `mprotect`). What
 //! userfaultfd cannot tell: that a thread is about to end (`pthread_create`, `thrd_create`: the kernel writes to the
 //! control block of an ended thread and no fault is served then), that a program closes descriptors it did not open
 //! (`close`, `close_range`, `closefrom`, `dup2`, `dup3`, `fstat`), that it leaves without its exit handlers (`_exit`, `_Exit`).
@@ -45,3 +47,8 @@ mod start;
 mod threads;
 #[cfg(target_arch = "x86_64")]
 mod tls;
+mod watched;
+
+/// usvm's own memory must not be migratable: service threads' allocations go to usvm's own arena.
+#[global_allocator]
+static ALLOC: usvm::Routed<std::alloc::System> = usvm::Routed(std::alloc::System);

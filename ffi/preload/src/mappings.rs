@@ -4,7 +4,7 @@
 //! What is registered with userfaultfd becomes a mapping of its own in the kernel. Two functions show that:
 //!
 //! - `mremap` refuses (EFAULT) what reaches over more than one mapping. Where it does so while a runtime runs, the same
-//!   is done piece by piece: in place, or to a place that is reserved before.
+//!   is done piece by piece: in place, or to a place that is reserved before. Notifiers are told once, before all of it.
 //! - `pthread_getattr_np` takes the main thread's stack for as large as the mapping that holds its beginning; engines
 //!   that read it (JavaScript, Scheme, garbage collectors) would run out of stack at once.
 //!
@@ -22,9 +22,10 @@
 use std::ffi::{c_int, c_void};
 
 use usvm::ground::alloc;
+use usvm_capi::interpose;
 
 use crate::next::Next;
-use crate::start;
+use crate::{start, watched};
 
 type Mremap = unsafe extern "C" fn(*mut c_void, usize, usize, c_int, *mut c_void) -> *mut c_void;
 type GetAttr = unsafe extern "C" fn(libc::pthread_t, *mut libc::pthread_attr_t) -> c_int;
@@ -78,26 +79,61 @@ pub unsafe extern "C" fn mremap(
     flags: c_int,
     new: *mut c_void,
 ) -> *mut c_void {
+    let next = watched::behind(&MREMAP);
+    // SAFETY: the caller's.
+    interpose::mremap(old, old_len, new_len, flags, new, || unsafe {
+        match next {
+            Some(next) => whole_or_pieces(next, old, old_len, new_len, flags, new),
+            None => by_the_kernel(old, old_len, new_len, flags, new),
+        }
+    })
+}
+
+/// The system call itself.
+///
+/// # Safety
+/// As mremap.
+unsafe extern "C" fn by_the_kernel(
+    old: *mut c_void,
+    old_len: usize,
+    new_len: usize,
+    flags: c_int,
+    new: *mut c_void,
+) -> *mut c_void {
+    // SAFETY: the caller's.
+    watched::address(unsafe { libc::syscall(libc::SYS_mremap, old, old_len, new_len, flags, new) })
+}
+
+/// What the program asks for, by `next` or piece by piece.
+///
+/// # Safety
+/// As mremap.
+unsafe fn whole_or_pieces(
+    next: Mremap,
+    old: *mut c_void,
+    old_len: usize,
+    new_len: usize,
+    flags: c_int,
+    new: *mut c_void,
+) -> *mut c_void {
     let ours = start::is_owner();
     // Linux 6.17 moves several mappings to a fixed place, but only up to the first that userfaultfd watches: never as a
     // whole.
     if ours && flags & libc::MREMAP_FIXED != 0 && old.addr().abs_diff(new.addr()) >= old_len.max(new_len) {
         // SAFETY: the caller's.
-        if let Ok(moved) = alloc::internal(|| unsafe { by_pieces(old, old_len, new_len, flags, new) }) {
+        if let Ok(moved) = alloc::internal(|| unsafe { by_pieces(next, old, old_len, new_len, flags, new) }) {
             return moved;
         }
     }
     // SAFETY: the caller's.
-    let moved = unsafe { MREMAP.get()(old, old_len, new_len, flags, new) };
-    // SAFETY: the calling thread's own errno.
-    let errno = unsafe { *libc::__errno_location() };
-    if moved != libc::MAP_FAILED || errno != libc::EFAULT || !ours {
+    let moved = unsafe { next(old, old_len, new_len, flags, new) };
+    if moved != libc::MAP_FAILED || last_errno() != libc::EFAULT || !ours {
         return moved;
     }
     // SAFETY: the caller's; the kernel refused it as a whole.
-    let result = alloc::internal(|| unsafe { by_pieces(old, old_len, new_len, flags, new) });
+    let result = alloc::internal(|| unsafe { by_pieces(next, old, old_len, new_len, flags, new) });
     result.unwrap_or_else(|errno| {
-        // SAFETY: as above.
+        // SAFETY: the calling thread's own errno.
         unsafe { *libc::__errno_location() = errno };
         libc::MAP_FAILED
     })
@@ -111,12 +147,13 @@ fn last_errno() -> c_int {
 /// How often a piece is looked up anew because it was divided or joined meanwhile.
 const TRIES: u32 = 1000;
 
-/// Calls mremap on `[from, to)`, of which only a first piece may be one mapping; `of` says how large that piece shall be
+/// Calls mremap (`next`) on `[from, to)`, of which only a first piece may be one mapping; `of` says how large that piece shall be
 /// and where it goes, given its end. Gives the piece's end and its new place.
 ///
 /// # Safety
 /// As mremap for what `of` says.
 unsafe fn one_piece(
+    next: Mremap,
     from: usize,
     to: usize,
     of: impl Fn(usize) -> (usize, c_int, usize),
@@ -127,7 +164,7 @@ unsafe fn one_piece(
         let (piece, target) =
             (std::ptr::with_exposed_provenance_mut(from), std::ptr::with_exposed_provenance_mut(target));
         // SAFETY: the caller's.
-        let moved = unsafe { MREMAP.get()(piece, end - from, len, flags, target) };
+        let moved = unsafe { next(piece, end - from, len, flags, target) };
         if moved != libc::MAP_FAILED {
             return Ok((end, moved));
         }
@@ -135,13 +172,13 @@ unsafe fn one_piece(
             return Err(last_errno());
         }
         // It was divided just now, and what came before the division may have moved.
-        let next = mappings()
+        let rest = mappings()
             .into_iter()
             .filter(|m| m.end > from)
             .map(|m| m.start.max(from))
             .find(|at| (from..end).contains(at));
-        if next != Some(from) && flags & libc::MREMAP_FIXED != 0 && len == end - from {
-            return Ok((next.unwrap_or(end), target));
+        if rest != Some(from) && flags & libc::MREMAP_FIXED != 0 && len == end - from {
+            return Ok((rest.unwrap_or(end), target));
         }
     }
     Err(libc::EFAULT)
@@ -150,6 +187,7 @@ unsafe fn one_piece(
 /// # Safety
 /// As mremap.
 unsafe fn by_pieces(
+    next: Mremap,
     old: *mut c_void,
     old_len: usize,
     new_len: usize,
@@ -174,7 +212,7 @@ unsafe fn by_pieces(
         let grown = last_piece(end).ok_or(libc::EFAULT).and_then(|last| {
             // SAFETY: a piece of the program's.
             unsafe {
-                one_piece(last.max(start), end, |to| {
+                one_piece(next, last.max(start), end, |to| {
                     (to - last.max(start) + if to == end { added } else { 0 }, 0, 0)
                 })
             }
@@ -192,7 +230,7 @@ unsafe fn by_pieces(
         let (from, how) = (at, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED);
         let of = |to: usize| (to - from + if to == end { added } else { 0 }, how, to_target + (from - start));
         // SAFETY: a piece of what the program moves, to its part of the target.
-        at = unsafe { one_piece(from, end, of) }?.0;
+        at = unsafe { one_piece(next, from, end, of) }?.0;
     }
     Ok(target)
 }

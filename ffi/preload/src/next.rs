@@ -27,18 +27,27 @@ impl<F: Copy> Next<F> {
     /// The function; ends the process where there is none, for its caller has no other way to go on.
     #[inline]
     pub(crate) fn get(&self) -> F {
-        const { assert!(size_of::<F>() == size_of::<*mut c_void>()) };
-        let mut at = self.at.load(Ordering::Relaxed);
-        if at.is_null() {
-            at = self.look_up();
+        match self.known() {
+            Some(found) => found,
+            None => {
+                self.look_up();
+                self.get()
+            }
         }
+    }
+
+    /// The function, if it was looked up.
+    #[inline]
+    pub(crate) fn known(&self) -> Option<F> {
+        const { assert!(size_of::<F>() == size_of::<*mut c_void>()) };
+        let at = self.at.load(Ordering::Relaxed);
         // SAFETY: `F` is a function pointer (see `new`) and the address is that function's.
-        unsafe { std::mem::transmute_copy(&at) }
+        (!at.is_null()).then(|| unsafe { std::mem::transmute_copy(&at) })
     }
 
     /// Looks it up now: later may be a moment when the dynamic linker must not be called.
     #[cold]
-    pub(crate) fn look_up(&self) -> *mut c_void {
+    pub(crate) fn look_up(&self) {
         // SAFETY: a name that ends with a zero.
         let at = unsafe { libc::dlsym(libc::RTLD_NEXT, self.name.as_ptr()) };
         if at.is_null() {
@@ -46,6 +55,5 @@ impl<F: Copy> Next<F> {
             unsafe { libc::abort() };
         }
         self.at.store(at, Ordering::Relaxed);
-        at
     }
 }

@@ -30,9 +30,9 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use usvm::{Config, Runtime};
-use usvm_ffi::process;
+use usvm_capi::process;
 
-use crate::{exits, fds, mappings, threads};
+use crate::{exits, fds, mappings, threads, watched};
 
 /// How long a forked child lives before it gets a runtime for chaos.
 const LATER: Duration = Duration::from_millis(5);
@@ -74,6 +74,9 @@ pub(crate) fn is_main_thread(thread: libc::pthread_t) -> bool {
 }
 
 unsafe extern "C" fn construct(_: c_int, _: *const *const c_char, environment: *const *const c_char) {
+    // Also where there is nothing to do: what another library interposes is passed on to.
+    watched::look_up();
+    mappings::look_up();
     // SAFETY: asks the auxiliary vector.
     let secure = unsafe { libc::getauxval(libc::AT_SECURE) } != 0;
     // SAFETY: the environment that the dynamic linker hands to constructors.
@@ -85,7 +88,6 @@ unsafe extern "C" fn construct(_: c_int, _: *const *const c_char, environment: *
     fds::look_up();
     threads::look_up();
     exits::look_up();
-    mappings::look_up();
     threads::count_first();
     threads::note_current();
     // SAFETY: both ask who is running.

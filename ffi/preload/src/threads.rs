@@ -136,7 +136,7 @@ pub(crate) fn note_current() {
     let running = RUNNING.load(Ordering::SeqCst);
     if running != 0 && place.kept_by.load(Ordering::Relaxed) != running && start::is_owner() {
         // While the runtime still starts this waits; its start keeps what it finds in the table, but may have passed here.
-        if let Some(runtime) = usvm_ffi::process::current() {
+        if let Some(runtime) = usvm_capi::process::current() {
             keep(&runtime, place, running);
         }
     }

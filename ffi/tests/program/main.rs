@@ -8,5 +8,6 @@ mod manual;
 mod run;
 mod stand;
 
-// usvm's own memory must not be migratable; the C interface's library sees to it.
-use usvm_ffi as _;
+/// usvm's own memory must not be migratable: `look` runs a runtime.
+#[global_allocator]
+static ALLOC: usvm::Routed<std::alloc::System> = usvm::Routed(std::alloc::System);

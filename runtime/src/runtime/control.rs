@@ -7,8 +7,9 @@
 //!
 //! # Lanes
 //! A request may wait long: for device memory that another access holds, for work that ends. What ends an access must
-//! never stand in line behind such a request, or nobody could give up what all wait for. So [`Control::end`] has a queue
-//! and a thread of its own, and what goes there waits for nobody.
+//! never stand in line behind such a request, or nobody could give up what all wait for; nor must what ends the stillness
+//! around a fork, in which nothing goes to a device. So [`Control::end`] has a queue and a thread of its own, and what goes
+//! there waits for nobody.
 //!
 //! # Limits
 //! Two requests of the general lane are served at once; more wait in line.

@@ -538,7 +538,8 @@ fn after_fork() {
     with_current(|inner| {
         if inner.is_running() && !alloc::is_service_thread() {
             let svm = inner.svm.clone();
-            let _ = inner.control.call(move || {
+            // Not in line behind requests that wait for just this.
+            let _ = inner.control.end(move || {
                 svm.thaw();
                 Ok(())
             });

@@ -58,7 +58,7 @@ pub fn runtime() -> Option<&'static Runtime> {
         return None;
     }
     RUNTIME
-        .get_or_init(|| match usvm_ffi::process::acquire(None) {
+        .get_or_init(|| match usvm_capi::process::acquire(None) {
             Ok(runtime) => {
                 at_exit(release);
                 // The start waits for its threads, but not for ever: with one that has not begun nothing may move.
@@ -118,5 +118,5 @@ extern "C" fn show_at_exit() {
 }
 
 extern "C" fn release() {
-    let _ = usvm_ffi::process::release();
+    let _ = usvm_capi::process::release();
 }

@@ -1,9 +1,10 @@
-//! The functions of `include/usvm.h`, one file for each of its sections.
+//! The functions of `include/usvm.h`, one file for each of its sections but the allocator's.
 //!
 //! # Overview
 //! [`types`] has the C types; `result` the error codes, the thread's last error and the frame around every call;
-//! `user` reads and writes the caller's memory without trusting its pointers; `handles` keeps what handles name.
-//! Then the sections: [`init`], [`device`], [`space`], [`heap`], [`memory`], [`access`], [`attribute`], [`notify`],
+//! `user` reads and writes the caller's memory without trusting its pointers; `handles` keeps what handles name; `watched`
+//! knows where notifiers are.
+//! Then the sections: [`init`], [`device`], [`space`], [`memory`], [`access`], [`attribute`], [`notify`],
 //! [`stats`].
 //!
 //! # Locking
@@ -20,7 +21,6 @@ pub(crate) mod fork;
 pub mod handles;
 #[cfg(test)]
 mod header_tests;
-pub mod heap;
 pub mod init;
 pub mod memory;
 pub mod notify;
@@ -29,3 +29,4 @@ pub mod space;
 pub mod stats;
 pub mod types;
 pub(crate) mod user;
+mod watched;

@@ -1,8 +1,8 @@
 //! Results, the thread's last error, and the frame around every call.
 //!
 //! # Overview
-//! `call` is the frame: inside it this thread's allocations come from usvm's own memory, changes of mappings are
-//! usvm's own and not told to notifiers, a failure is written down for `usvm_last_error`, and a panic is a result.
+//! `call` is the frame: inside it this thread's allocations come from usvm's own memory and changes of mappings are
+//! usvm's own and not told to notifiers (`usvm::ground::alloc`), a failure is written down for `usvm_last_error`, and a panic is a result.
 //!
 //! # Safety
 //! `usvm_last_error` gives out a pointer into this thread's storage, which lives as long as the thread and is changed only
@@ -149,7 +149,6 @@ struct LastError {
 thread_local! {
     static LAST: LastError =
         const { LastError { text: UnsafeCell::new([0; LONGEST]), native: Cell::new(0) } };
-    static INSIDE: Cell<u32> = const { Cell::new(0) };
 }
 
 /// Writes into a fixed buffer, as much as fits, whole characters only.
@@ -182,34 +181,13 @@ pub(crate) fn note(failure: &Failure) {
     });
 }
 
-/// Whether this thread is inside a call of the header (not in a callback): what it maps and unmaps is usvm's own.
-pub(crate) fn is_inside() -> bool {
-    INSIDE.try_with(|inside| inside.get() > 0).unwrap_or(true)
-}
-
 /// Runs `f` as being outside: the program's own code, with the program's own allocations.
 pub(crate) fn outside<T>(f: impl FnOnce() -> T) -> T {
-    let _back = Depth::set(0);
     alloc::external(f)
-}
-
-struct Depth(u32);
-
-impl Depth {
-    fn set(depth: u32) -> Self {
-        Self(INSIDE.replace(depth))
-    }
-}
-
-impl Drop for Depth {
-    fn drop(&mut self) {
-        INSIDE.set(self.0);
-    }
 }
 
 /// The frame around a call.
 pub(crate) fn call(f: impl FnOnce() -> Done) -> usvm_result_t {
-    let _inside = Depth::set(INSIDE.get() + 1);
     alloc::internal(|| {
         let result = catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|panic| {
             let what = panic
@@ -227,6 +205,12 @@ pub(crate) fn call(f: impl FnOnce() -> Done) -> usvm_result_t {
             }
         }
     })
+}
+
+/// errno.
+pub(crate) fn errno() -> c_int {
+    // SAFETY: the C library's address of this thread's errno.
+    unsafe { *libc::__errno_location() }
 }
 
 /// Sets errno.
@@ -294,6 +278,6 @@ mod tests {
     fn a_panic_is_a_result() {
         let result = call(|| panic!("on purpose"));
         assert_eq!(result, USVM_ERROR_INTERNAL);
-        assert!(!is_inside());
+        assert!(!alloc::is_internal());
     }
 }

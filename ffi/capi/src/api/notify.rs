@@ -46,6 +46,7 @@ use super::memory::range;
 use super::result::{self, Done, Failure, USVM_ERROR_SYSTEM, call, invalid, usvm_result_t};
 use super::types::*;
 use super::user;
+use super::watched::Watched;
 
 /// Why a callback is called.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,9 +101,10 @@ unsafe impl Sync for Notifier {}
 
 /// Notifiers that are registered.
 static ACTIVE: AtomicUsize = AtomicUsize::new(0);
-/// No notifier's range begins before, and none ends after.
-static LOW: AtomicU64 = AtomicU64::new(u64::MAX);
-static HIGH: AtomicU64 = AtomicU64::new(0);
+/// Their ranges.
+static WATCHED: Watched = Watched::new();
+/// The process that registered them.
+static OWNER: AtomicU32 = AtomicU32::new(0);
 
 /// A callback that is running on this thread, and the one around it.
 struct Frame {
@@ -132,28 +134,27 @@ fn runs_here(notifier: &Arc<Notifier>) -> bool {
 }
 
 /// Whether there is anybody to tell.
+#[inline]
 pub(crate) fn anybody() -> bool {
     ACTIVE.load(Ordering::Acquire) > 0
+}
+
+/// Whether the notifiers are this process's: a child that runs no fork handlers finds its parent's.
+pub(crate) fn is_owner() -> bool {
+    OWNER.load(Ordering::Relaxed) == std::process::id()
 }
 
 /// In a forked child: nobody.
 pub(super) fn forget() {
     ACTIVE.store(0, Ordering::Release);
-    LOW.store(u64::MAX, Ordering::Relaxed);
-    HIGH.store(0, Ordering::Relaxed);
+    WATCHED.set(std::iter::empty());
 }
 
 /// After notifiers came or went.
 fn count(tables: &Tables) {
-    let (mut low, mut high, mut active) = (u64::MAX, 0, 0);
-    for (_, notifier) in tables.notifiers.iter() {
-        low = low.min(notifier.span.start);
-        high = high.max(notifier.span.end);
-        active += 1;
-    }
-    LOW.store(low, Ordering::Relaxed);
-    HIGH.store(high, Ordering::Relaxed);
-    ACTIVE.store(active, Ordering::Release);
+    WATCHED.set(tables.notifiers.iter().map(|(_, notifier)| notifier.span));
+    OWNER.store(std::process::id(), Ordering::Relaxed);
+    ACTIVE.store(tables.notifiers.iter().count(), Ordering::Release);
 }
 
 impl Notifier {
@@ -225,11 +226,13 @@ pub(crate) struct Told {
     span: Span,
 }
 
-/// Tells of `changes`, makes them by `real`, and returns when usvm has taken note of them.
+/// Tells of `changes`, makes them by `real`, and returns when usvm has taken note of them. Where no notifier is concerned
+/// it takes no lock and waits for nothing.
 pub(crate) fn telling<T>(changes: &[(Reason, Span)], real: impl FnOnce() -> T) -> T {
-    if !anybody() {
+    if !anybody() || !changes.iter().any(|(_, span)| WATCHED.concerns(span.page_aligned())) {
         return real();
     }
+    let errno = result::errno();
     for (reason, span) in changes {
         tell(*reason, span.page_aligned(), u64::MAX);
     }
@@ -237,8 +240,10 @@ pub(crate) fn telling<T>(changes: &[(Reason, Span)], real: impl FnOnce() -> T) -
     let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
     let told = changes.iter().map(|(_, span)| Told { number, span: span.page_aligned() });
     handles::lock().told.extend(told);
+    // What callbacks left in errno is not the call's.
+    result::set_errno(errno);
     let result = real();
-    let errno = std::io::Error::last_os_error().raw_os_error().unwrap_or(0);
+    let errno = result::errno();
     if let Ok(runtime) = handles::runtime() {
         // Its events are in the hub's queue then. A runtime that ends meanwhile tells nothing any more.
         let _ = runtime.barrier();
@@ -332,8 +337,7 @@ impl Hub {
 
     /// On a service thread: only takes note.
     fn hear(&self, change: Change, span: Span) {
-        if span.start >= HIGH.load(Ordering::Relaxed) || span.end <= LOW.load(Ordering::Relaxed) || !anybody()
-        {
+        if !anybody() || !WATCHED.hull(span) {
             return;
         }
         let number = self.numbers.fetch_add(1, Ordering::SeqCst);

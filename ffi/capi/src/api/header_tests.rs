@@ -15,7 +15,7 @@ use super::result::usvm_result_t;
 use super::types::*;
 
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
 }
 
 /// Prototypes of all exported functions, as cbindgen sees them.
@@ -30,8 +30,9 @@ fn generated() -> String {
     };
     config.export.item_types = vec![cbindgen::ItemType::Functions];
     let mut builder = cbindgen::Builder::new().with_config(config);
-    let sources = std::fs::read_dir(root().join("ffi/src/api")).unwrap();
-    for source in sources.map(|entry| entry.unwrap().path()) {
+    let sources = std::fs::read_dir(root().join("ffi/capi/src/api")).unwrap();
+    let sources = sources.map(|entry| entry.unwrap().path()).chain([root().join("ffi/src/heap.rs")]);
+    for source in sources {
         let text = std::fs::read_to_string(&source).unwrap();
         if text.contains("#[unsafe(no_mangle)]") && !source.ends_with("header_tests.rs") {
             builder = builder.with_src(source);
