@@ -1,6 +1,6 @@
 //! Little room: for mappings, for address space, for locked memory.
 
-use usvm::{Error, Runtime};
+use usvm::{Error, Location, Runtime};
 use usvm_tests::area::*;
 use usvm_tests::isolated::{isolated, skipped};
 
@@ -140,6 +140,66 @@ fn no_locked_memory() {
             piece.check(&rt, "without locked memory");
         }
         assert!(rt.stats().bytes_to_device > 0);
+        drop(area);
+    });
+}
+
+#[test]
+fn everything_locked_now_and_later() {
+    isolated("everything_locked_now_and_later", || {
+        let lock_all = |flags| {
+            // SAFETY: locks this process's own memory; contents stay.
+            assert_eq!(unsafe { libc::mlockall(flags) }, 0, "{}", std::io::Error::last_os_error());
+        };
+        let rt = runtime(16 << 20);
+        let (before, mut early) = Area::filled(2 * M2, true, &mut Rng::new(5));
+        early.check(&rt, "before anything is locked");
+        device_xor(&rt, before.at, before.len, 7).unwrap();
+        xor(&mut early.bytes, 7);
+        assert_eq!(rt.residence(before.at, before.len).unwrap().device, before.len);
+        // The kernel fetches what is on the device, because locked memory is there.
+        lock_all(libc::MCL_CURRENT);
+        assert_eq!(rt.residence(before.at, before.len).unwrap().device, 0, "locked memory is home");
+        same(&cpu_read(early.at, early.len()), &early.bytes, "locked now");
+        early.check(&rt, "locked now");
+
+        lock_all(libc::MCL_CURRENT | libc::MCL_FUTURE);
+        let (after, mut late) = Area::filled(2 * M2, true, &mut Rng::new(6));
+        early.check(&rt, "locked now and later");
+        late.check(&rt, "locked from its begin");
+
+        // SAFETY: unlocks this process's own memory.
+        assert_eq!(unsafe { libc::munlockall() }, 0);
+        let moved = rt.stats().bytes_to_device;
+        early.check(&rt, "unlocked");
+        late.check(&rt, "unlocked");
+        assert!(rt.stats().bytes_to_device > moved, "it moves again: {}", rt.stats());
+        rt.shutdown();
+        same(&cpu_read(early.at, early.len()), &early.bytes, "after the end");
+        same(&cpu_read(late.at, late.len()), &late.bytes, "after the end");
+        drop((before, after));
+    });
+}
+
+#[test]
+fn a_start_with_everything_locked() {
+    isolated("a_start_with_everything_locked", || {
+        // SAFETY: locks what this process maps from now on.
+        assert_eq!(unsafe { libc::mlockall(libc::MCL_FUTURE) }, 0, "{}", std::io::Error::last_os_error());
+        let rt = runtime(16 << 20);
+        let (area, mut piece) = Area::filled(2 * M2, true, &mut Rng::new(7));
+        piece.check(&rt, "locked from the start");
+        // SAFETY: unlocks this process's own memory.
+        assert_eq!(unsafe { libc::munlockall() }, 0);
+        // What a device has reached over the link stays so until somebody asks for more.
+        rt.prefetch(area.at, area.len, Location::Device(0)).wait(None).unwrap();
+        assert_eq!(rt.residence(area.at, area.len).unwrap().device, area.len, "unlocked memory moves");
+        piece.check(&rt, "unlocked");
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let locked = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).unwrap().trim().to_owned();
+        let kib: u64 = locked.split(' ').next().unwrap().parse().unwrap();
+        assert!(kib < 400 << 10, "usvm's reserved memory was filled: {locked} resident");
+        rt.shutdown();
         drop(area);
     });
 }
