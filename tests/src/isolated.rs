@@ -15,6 +15,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use usvm::host::features::Features;
+use usvm::host::{Host, Options};
+
 /// How long one scenario may take.
 pub const LIMIT: Duration = Duration::from_secs(60);
 const SCENARIO: &str = "USVM_TEST_SCENARIO";
@@ -70,6 +73,19 @@ pub fn watchdog(name: &str) {
 /// Says why a test does not run here.
 pub fn skipped(reason: impl std::fmt::Display) {
     println!("skipped: {reason}");
+}
+
+/// Whether the kernel's own accesses to memory that is away are served here (system calls, locked memory, a child's
+/// copies). Where they are not, says so for the test that needs them.
+pub fn kernel_faults() -> bool {
+    let host = Host::open(&Options::default());
+    let served = host.is_ok_and(|host| host.report().has.contains(Features::KERNEL_FAULTS));
+    if !served {
+        skipped(
+            "system calls on memory that is away need the right to kernel-mode userfaultfd (usvm doctor says more)",
+        );
+    }
+    served
 }
 
 /// A forked child.

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use usvm_tests::area::*;
-use usvm_tests::isolated::{Child, fork_child, isolated};
+use usvm_tests::isolated::{Child, fork_child, isolated, kernel_faults};
 
 #[global_allocator]
 static ALLOC: usvm::Routed<std::alloc::System> = usvm::Routed(std::alloc::System);
@@ -65,11 +65,17 @@ fn a_child_has_what_was_on_the_device() {
 
 #[test]
 fn a_child_by_raw_clone_has_it_too() {
+    if !kernel_faults() {
+        return;
+    }
     both_sides("a_child_by_raw_clone_has_it_too", true);
 }
 
 #[test]
 fn fork_while_threads_use_the_device() {
+    if !kernel_faults() {
+        return;
+    }
     isolated("fork_while_threads_use_the_device", || {
         let rt = runtime(16 << 20);
         let stop = Arc::new(AtomicBool::new(false));
@@ -153,6 +159,9 @@ fn children_run_their_own_and_have_children() {
 
 #[test]
 fn spawned_programs_leave_the_device_alone() {
+    if !kernel_faults() {
+        return;
+    }
     isolated("spawned_programs_leave_the_device_alone", || {
         let rt = runtime(64 << 20);
         let (area, mut piece) = Area::filled(LEN, false, &mut Rng::new(5));

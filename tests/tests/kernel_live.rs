@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
+use usvm_tests::isolated::kernel_faults;
 use usvm_tests::live::rules::{MEANT, Rule};
 use usvm_tests::replay::kept_traces;
 
@@ -25,6 +26,9 @@ fn kept(name: &str) -> PathBuf {
 
 #[test]
 fn recorded_traces_give_the_same_on_a_running_usvm() {
+    if !kernel_faults() {
+        return;
+    }
     let output = live(&[], &kept_traces().unwrap());
     let text = text(&output);
     let summary: Vec<&str> = text.lines().filter(|line| line.starts_with("live: ")).collect();
@@ -45,6 +49,9 @@ fn recorded_traces_give_the_same_on_a_running_usvm() {
 
 #[test]
 fn contents_are_the_same_under_the_default_policy() {
+    if !kernel_faults() {
+        return;
+    }
     let names = ["gpu-data", "holes", "fork", "inval-remap", "random-full-1", "random-migrate-2"];
     let output = live(&["--policy", "adaptive"], &names.map(kept));
     assert!(output.status.success(), "{}: {}", output.status, text(&output));

@@ -2,7 +2,7 @@
 
 use usvm::{Error, Location, Runtime};
 use usvm_tests::area::*;
-use usvm_tests::isolated::{isolated, skipped};
+use usvm_tests::isolated::{isolated, kernel_faults, skipped};
 
 #[global_allocator]
 static ALLOC: usvm::Routed<std::alloc::System> = usvm::Routed(std::alloc::System);
@@ -146,6 +146,9 @@ fn no_locked_memory() {
 
 #[test]
 fn everything_locked_now_and_later() {
+    if !kernel_faults() {
+        return;
+    }
     isolated("everything_locked_now_and_later", || {
         let lock_all = |flags| {
             // SAFETY: locks this process's own memory; contents stay.
@@ -183,6 +186,9 @@ fn everything_locked_now_and_later() {
 
 #[test]
 fn a_start_with_everything_locked() {
+    if !kernel_faults() {
+        return;
+    }
     isolated("a_start_with_everything_locked", || {
         // SAFETY: locks what this process maps from now on.
         assert_eq!(unsafe { libc::mlockall(libc::MCL_FUTURE) }, 0, "{}", std::io::Error::last_os_error());

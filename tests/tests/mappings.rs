@@ -4,6 +4,7 @@
 use usvm::Runtime;
 use usvm_tests::area::*;
 use usvm_tests::isolated::isolated;
+use usvm_tests::isolated::kernel_faults;
 
 #[global_allocator]
 static ALLOC: usvm::Routed<std::alloc::System> = usvm::Routed(std::alloc::System);
@@ -95,9 +96,11 @@ fn prepare(rt: &Runtime, len: u64, huge: bool, part: (u64, u64), when: When, see
     if when != When::Before {
         piece.change(rt, &what);
         // A page that was busy for a moment makes a range stay where it is; asked again, it goes.
-        rt.prefetch(area.at, len, usvm::Location::Device(0)).wait(None).unwrap();
-        let device = rt.residence(area.at, len).unwrap().device;
-        assert_eq!(device, len, "{what}: all of it is on the device");
+        let asked = (0..20).map(|_| {
+            rt.prefetch(area.at, len, usvm::Location::Device(0)).wait(None).unwrap();
+            rt.residence(area.at, len).unwrap().device
+        });
+        assert!(asked.into_iter().any(|device| device == len), "{what}: all of it is on the device");
     }
     if matches!(when, When::Back | When::AwayAgain) {
         assert_eq!(cpu_peek(area.at + len / 2), piece.bytes[len as usize / 2]);
@@ -359,6 +362,9 @@ fn mprotect_exec() {
 
 #[test]
 fn mlock_and_munlock() {
+    if !kernel_faults() {
+        return;
+    }
     every_case("mlock_and_munlock", |case| {
         let mut pieces = case.cut().to_vec();
         let (at, len) = (case.part_at() as *const libc::c_void, case.part.1 as usize);

@@ -10,6 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 use usvm::{Config, Runtime};
+use usvm_tests::isolated::kernel_faults;
 use usvm_tests::support::*;
 
 #[global_allocator]
@@ -51,6 +52,9 @@ fn os(result: isize) -> usize {
 
 #[test]
 fn write_and_read() {
+    if !kernel_faults() {
+        return;
+    }
     let _alone = alone("write and read", 30);
     let (runtime, mem) = away(2);
     let mut file = tempfile::tempfile().unwrap();
@@ -70,6 +74,9 @@ fn write_and_read() {
 
 #[test]
 fn pwrite_and_pread_of_a_part() {
+    if !kernel_faults() {
+        return;
+    }
     let _alone = alone("pwrite and pread", 30);
     let (runtime, mem) = away(4);
     let file = tempfile::tempfile().unwrap();
@@ -87,6 +94,9 @@ fn pwrite_and_pread_of_a_part() {
 
 #[test]
 fn writev_and_readv() {
+    if !kernel_faults() {
+        return;
+    }
     let _alone = alone("writev and readv", 30);
     let (runtime, mem) = away(6);
     let mut file = tempfile::tempfile().unwrap();
@@ -123,6 +133,9 @@ fn direct_file() -> Option<File> {
 
 #[test]
 fn direct_write_and_read() {
+    if !kernel_faults() {
+        return;
+    }
     let _alone = alone("O_DIRECT", 30);
     let Some(file) = direct_file() else { return };
     let (runtime, mem) = away(8);
@@ -136,6 +149,9 @@ fn direct_write_and_read() {
 
 #[test]
 fn direct_reads_while_the_device_takes_the_range_away() {
+    if !kernel_faults() {
+        return;
+    }
     let _alone = alone("O_DIRECT race", 30);
     let Some(file) = direct_file() else { return };
     let (runtime, mem) = away(8);
@@ -171,6 +187,9 @@ fn direct_reads_while_the_device_takes_the_range_away() {
 
 #[test]
 fn sendmsg_and_recvmsg() {
+    if !kernel_faults() {
+        return;
+    }
     let _alone = alone("sendmsg", 30);
     let (runtime, mem) = away(10);
     let (a, b) = UnixStream::pair().unwrap();
@@ -213,6 +232,9 @@ fn sendmsg_and_recvmsg() {
 
 #[test]
 fn vmsplice_keeps_what_was_there() {
+    if !kernel_faults() {
+        return;
+    }
     let _alone = alone("vmsplice", 30);
     let (runtime, mem) = away(13);
     let (mut reader, writer) = std::io::pipe().unwrap();
@@ -234,6 +256,9 @@ fn vmsplice_keeps_what_was_there() {
 
 #[test]
 fn futex_words_on_the_device() {
+    if !kernel_faults() {
+        return;
+    }
     let _alone = alone("futex", 30);
     let (runtime, mem) = away(15);
     let word = &mem.words::<u32>()[5 * 1024 + 3];
@@ -272,6 +297,9 @@ fn futex_words_on_the_device() {
 
 #[test]
 fn another_process_reads_and_writes() {
+    if !kernel_faults() {
+        return;
+    }
     let _alone = alone("process_vm", 30);
     let (runtime, mem) = away(17);
     let (mut from_child, mut to_parent) = std::io::pipe().unwrap();
@@ -315,6 +343,9 @@ fn another_process_reads_and_writes() {
 
 #[test]
 fn results_that_the_kernel_stores() {
+    if !kernel_faults() {
+        return;
+    }
     let _alone = alone("results", 30);
     let (runtime, mem) = away(20);
     let (mut reader, mut writer) = std::io::pipe().unwrap();
@@ -355,6 +386,9 @@ fn results_that_the_kernel_stores() {
 
 #[test]
 fn a_new_program_gets_arguments_and_environment_from_the_device() {
+    if !kernel_faults() {
+        return;
+    }
     let _alone = alone("execve", 30);
     let (runtime, mem) = away(26);
     let at = mem.at;
@@ -415,6 +449,9 @@ unsafe fn vfork_and_exec(
 
 #[test]
 fn a_signal_handler_on_a_stack_that_is_on_the_device() {
+    if !kernel_faults() {
+        return;
+    }
     static SEEN: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
     extern "C" fn handler(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
         let here = 0u8;

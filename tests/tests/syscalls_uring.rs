@@ -5,6 +5,7 @@ use std::os::unix::fs::FileExt;
 
 use io_uring::{IoUring, opcode, squeue, types};
 use usvm::{Config, Runtime};
+use usvm_tests::isolated::kernel_faults;
 use usvm_tests::support::*;
 
 #[global_allocator]
@@ -36,6 +37,9 @@ fn image(seed: u64, len: u64) -> Vec<u8> {
 
 #[test]
 fn plain_buffers() {
+    if !kernel_faults() {
+        return;
+    }
     let _alone = alone("io_uring", 30);
     let Some(mut ring) = ring() else { return };
     let (runtime, mem) = away(2);

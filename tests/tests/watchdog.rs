@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use usvm::{Config, Error, Runtime};
+use usvm_tests::isolated::kernel_faults;
 use usvm_tests::support::*;
 
 #[global_allocator]
@@ -180,6 +181,9 @@ fn kill_a_fault_thread(name: &str, by_panic: bool) {
 
 #[test]
 fn a_fault_thread_panics() {
+    if !kernel_faults() {
+        return;
+    }
     if is_child("a_fault_thread_panics") {
         kill_a_fault_thread("fault thread panics", true);
     }
@@ -187,6 +191,9 @@ fn a_fault_thread_panics() {
 
 #[test]
 fn a_fault_thread_vanishes_with_a_range_in_its_hands() {
+    if !kernel_faults() {
+        return;
+    }
     if is_child("a_fault_thread_vanishes_with_a_range_in_its_hands") {
         kill_a_fault_thread("fault thread vanishes", false);
     }

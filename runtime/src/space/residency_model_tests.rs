@@ -937,3 +937,33 @@ proptest! {
         world.finish(by_closing);
     }
 }
+
+/// Free device memory that lies in pieces is enough for a range of several pages, in smaller ranges.
+#[test]
+fn free_memory_in_pieces_is_used() {
+    use GpuAccess::{Atomic, Read, Write};
+    let gpu = |device, first, count, access| Op::Gpu {
+        device,
+        first,
+        count,
+        access,
+        bracketed: false,
+        hold: false,
+    };
+    let ops = [
+        gpu(0, 0, 1, Read),
+        gpu(0, 0, 1, Read),
+        gpu(0, 50, 1, Read),
+        Op::Unmap { first: 2, count: 31, again: true, late: 2 },
+        Op::CpuWrite(21, 11),
+        gpu(1, 26, 1, Read),
+        gpu(1, 54, 7, Atomic),
+        gpu(1, 43, 1, Read),
+        Op::Prefetch(1, 63, 1),
+        Op::CpuRead(0),
+        gpu(0, 56, 6, Write),
+        gpu(1, 44, 2, Atomic),
+        gpu(1, 16, 13, Write),
+    ];
+    play(small(2_868_799_320, 2, false, true), &ops, false);
+}

@@ -74,7 +74,7 @@ impl Svm {
         &self,
         device: u32,
         addr: u64,
-        want: Want,
+        mut want: Want,
         own: [&[Arc<Range>]; 2],
     ) -> Result<Arc<Range>> {
         let started = Instant::now();
@@ -143,6 +143,12 @@ impl Svm {
                 Error::OutOfDeviceMemory { needed, capacity, busy } => {
                     let since = *full_since.get_or_insert_with(Instant::now);
                     if since.elapsed() > PIN_PATIENCE || !self.others_hold_memory(device, own, seen) {
+                        if let Some(smaller) = self.fits_in_pieces(device, needed) {
+                            self.recut(Span::around(addr, needed));
+                            want.chunk = Some(smaller);
+                            full_since = None;
+                            continue;
+                        }
                         let needed =
                             needed + own.iter().copied().flatten().map(|r| r.span().len()).sum::<u64>();
                         return Err(Error::OutOfDeviceMemory { needed, capacity, busy });
@@ -158,6 +164,13 @@ impl Svm {
             }
         }
         Err(Error::Again { what: "a device access", tries: TRIES })
+    }
+
+    /// The next smaller size of ranges, if `device` has `needed` bytes free and only not in one piece.
+    fn fits_in_pieces(&self, device: u32, needed: u64) -> Option<u64> {
+        let enough = self.mover.device(device).vram_free_bytes() >= needed;
+        let sizes = self.space.config().chunk_sizes.iter().copied();
+        sizes.filter(|size| *size < needed).max().filter(|_| enough)
     }
 
     /// Whether `span` lies in one mapping. A range does when it is made, until mprotect or mlock cuts its mapping.
