@@ -249,3 +249,29 @@ fn usvms_own_memory_stays() {
         drop(area);
     });
 }
+
+#[test]
+fn what_takes_the_place_of_a_file_migrates() {
+    isolated("what_takes_the_place_of_a_file_migrates", || {
+        let rt = runtime(64 << 20);
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&vec![7; M2 as usize]).unwrap();
+        let reserved = map(None, 2 * M2, libc::PROT_NONE).unwrap();
+        let at = reserved.next_multiple_of(M2);
+        // SAFETY: replaces memory of the test's own.
+        let got = unsafe {
+            let flags = libc::MAP_PRIVATE | libc::MAP_FIXED;
+            libc::mmap(at as *mut _, M2 as usize, RW, flags, file.as_raw_fd(), 0)
+        };
+        assert_eq!(got as u64, at, "{}", std::io::Error::last_os_error());
+        device_xor(&rt, at, M2, 1).unwrap();
+        assert_eq!(away(&rt, at, M2), 0, "a file stays");
+        // Nobody is told of this: files are not registered.
+        map(Some(at), M2, RW).unwrap();
+        let mut piece = fill(at, M2, 9);
+        rt.prefetch(at, M2, Location::Device(0)).wait(None).unwrap();
+        assert_eq!(away(&rt, at, M2), M2, "ordinary memory migrates, whatever was there before");
+        piece.check(&rt, "in the place of a file");
+        unmap(reserved, 2 * M2);
+    });
+}

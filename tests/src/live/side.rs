@@ -13,7 +13,7 @@
 use std::fs::OpenOptions;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-use usvm::ground::addr::{SZ_4K, Span};
+use usvm::ground::addr::{SZ_2M, SZ_4K, Span, align_up};
 use usvm::space::ports::{Vma, VmaKind};
 
 use super::probe;
@@ -260,8 +260,10 @@ impl Side {
 
 impl Drop for Side {
     fn drop(&mut self) {
+        // Whole huge pages, because less of one cannot be unmapped; nothing else is near.
+        let all = Span::new(self.span.start, align_up(self.span.end, SZ_2M));
         // SAFETY: the arena is this side's own.
-        unsafe { libc::munmap(self.span.start as *mut _, self.span.len() as usize) };
+        unsafe { libc::munmap(all.start as *mut _, all.len() as usize) };
     }
 }
 

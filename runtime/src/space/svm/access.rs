@@ -166,6 +166,12 @@ impl Svm {
         Err(Error::Again { what: "a device access", tries: TRIES })
     }
 
+    /// Whether a range of `span` that is cut now could migrate.
+    fn may_migrate_now(&self, span: Span) -> bool {
+        let vma = self.mover.host.find_vma(span.start);
+        self.ctx.devmem_possible && matches!(vma, Ok(Some(vma)) if vma.migratable() && vma.span.covers(span))
+    }
+
     /// The next smaller size of ranges, if `device` has `needed` bytes free and only not in one piece.
     fn fits_in_pieces(&self, device: u32, needed: u64) -> Option<u64> {
         let enough = self.mover.device(device).vram_free_bytes() >= needed;
@@ -227,6 +233,12 @@ impl Svm {
             return Ok(None);
         }
         let migratable = range.flags().contains(RangeFlags::MIGRATE_DEVMEM);
+        if !migratable && self.may_migrate_now(range.span()) {
+            // Another mapping took the place of the one it was cut for, which was never registered: there was no event.
+            drop(state);
+            self.recut(range.span());
+            return Ok(None);
+        }
         let placement = match want.force {
             _ if remote || want.leaves(range.span()) => Placement::Remote,
             Some(Placement::Migrate) if migratable && mover.fits(device, range.span()) => Placement::Migrate,
