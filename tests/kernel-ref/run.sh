@@ -55,13 +55,23 @@ fetch_packages() {
         if [ -f "$file" ]; then continue; fi
         if ! curl -fsS --retry 2 -m 600 -o "$file.part" "$mirror/$path"; then
             curl -fsSI -m 20 -o /dev/null "$mirror/dists/sid/Release" || skip "no network and no cache ($name is missing)"
-            fail "$name $version is no longer at $mirror. Set USVM_MIRROR to one that keeps it" \
-                "(Debian keeps snapshots of its archive by date), or take the newest kernel: $0 relock"
+            newest "$name $version"
+            return
         fi
         mv "$file.part" "$file"
     done < <(locked)
     locked | awk -v d="$cache/debs" '{n=split($3,p,"/"); print $4 "  " d "/" p[n]}' >"$cache/sums"
     sha256sum --quiet -c "$cache/sums" || fail "a cached package is not the one in packages.lock: remove it"
+}
+
+# The archive has only the newest version of a package. Where a locked one is gone, today's are taken, for this cache.
+newest() { # what is gone
+    local advice="Set USVM_MIRROR to a mirror that keeps it (Debian keeps snapshots of its archive by date)"
+    [ "$lock" != "$cache/packages.lock" ] || fail "$1 is no longer at $mirror. $advice"
+    command -v debootstrap >/dev/null || fail "$1 is no longer at $mirror. $advice, or install debootstrap: then today's is taken"
+    say "$1 is no longer at $mirror: taking today's packages. $advice to have those of packages.lock"
+    lock=$cache/packages.lock
+    relock
 }
 
 # debootstrap resolves and verifies (signatures of the archive); the lock keeps what it found.
@@ -213,6 +223,7 @@ scratch() {
 
 prepare() {
     prerequisites
+    if [ "$cache/packages.lock" -nt "$lock" ]; then lock=$cache/packages.lock; fi
     [ -f "$lock" ] || relock
     fetch_packages
     make_chroot
