@@ -510,7 +510,7 @@ impl<'a> Player<'a> {
     }
 
     /// The kernel's device stored where the program may not: so that both go on with the same contents. What is away
-    /// cannot be written by force.
+    /// cannot be written by force, and shared mappings not at all: then neither is.
     fn store_by_force(&mut self, op: &Op, span: Span, value: u64) {
         let home = self.served.as_ref().map(|served| served.evict(span).and_then(|()| served.let_go(span)));
         if let Some(Err(e)) = home {
@@ -518,10 +518,9 @@ impl<'a> Player<'a> {
         }
         for i in 0..span.pages() as u64 {
             let at = span.start + i * SZ_4K;
-            for at in [at, self.twin_of(at)] {
-                if let Err(e) = Side::force_page(at, &pattern(value + i)) {
-                    self.wrong(Some(op), format_args!("{at:#x} cannot be written: {e}"));
-                }
+            let done = [at, self.twin_of(at)].map(|at| Side::force_page(at, &pattern(value + i)));
+            if let [Err(e), Ok(())] | [Ok(()), Err(e)] = done {
+                self.wrong(Some(op), format_args!("{at:#x} cannot be written on one side: {e}"));
             }
         }
     }
