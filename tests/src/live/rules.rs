@@ -125,10 +125,10 @@ meant! {
         "usvm is the driver",
         "migrate that the kernel answers with ENOSPC; or a page of another range, if the largest free piece of device memory \
          is smaller than the range";
-    Unit: "a CPU access brings back one allocation of device memory",
+    Unit: "a CPU access or an eviction brings back one allocation of device memory",
         "it brings back the range",
         "a range has one allocation; the kernel's may have several, of ranges that it had before",
-        "a CPU access that meets the page's range in usvm: it is home; that does not: it stays";
+        "a CPU access or eviction that meets the page's range in usvm: it is home; that does not: it stays";
     Child: "a child's access to device pages that it shares brings back its parent's, too",
         "the parent's pages stay on the device",
         "the child has had its own copy since the fork",
@@ -148,7 +148,8 @@ meant! {
     Divided: "mremap moves what is one mapping to the program",
         "EFAULT if usvm has registered a part of it, until the program has usvm let go",
         "the kernel moves no mapping under userfaultfd together with a neighbour",
-        "mremap of a span of several mappings, one registered: usvm lets go first, then it must succeed";
+        "mremap of a span of several mappings, or of a mapping and a gap, one registered: usvm lets go first, then it must succeed, piece by piece where the kernel \
+         does not join them again";
     Recut: "a range stays as it is when mprotect divides its mapping",
         "it comes home at the next device access and gets ranges that fit the mappings",
         "protection and the right to flip are a mapping's",
@@ -303,8 +304,12 @@ impl Case<'_> {
             && !self.locked.get_or_init(|| self.live.locked()).iter().any(|at| at.overlaps(self.page))
     }
 
-    /// Whether the operation is a CPU access to some of `span`.
+    /// Whether the operation is a CPU access to some of `span`, or evicts some of it.
     fn accesses(&self, span: Span) -> bool {
+        if self.is(&["devevict"]) {
+            let came = |(at, letter): &(Span, u8)| at.overlaps(span) && !matches!(letter, b'd' | b'D');
+            return self.op.pages.iter().any(came);
+        }
         self.is(&["touch", "sum", "sumsame", "madvise", "mlock"])
             && Span::sized(self.op.hex(0), self.op.hex(1)).overlaps(span)
     }

@@ -168,6 +168,20 @@ impl Side {
         if got == libc::MAP_FAILED { Err(last()) } else { Ok(()) }
     }
 
+    /// mremap to another place of what the kernel no longer takes for one mapping, piece by piece, as the preload library
+    /// does it.
+    pub fn mremap_in_pieces(&self, at: u64, len: u64, new_len: u64, how: &str, to: u64) -> Result<(), Errno> {
+        if new_len < len {
+            self.munmap(at + new_len, len - new_len)?;
+        }
+        let pieces = self.pieces(Span::sized(at, len.min(new_len)));
+        for (i, piece) in pieces.iter().enumerate() {
+            let more = if i + 1 == pieces.len() { new_len.saturating_sub(len) } else { 0 };
+            self.mremap(piece.start, piece.len(), piece.len() + more, how, to + (piece.start - at))?;
+        }
+        Ok(())
+    }
+
     /// mprotect.
     pub fn mprotect(&self, at: u64, len: u64, perms: &str) -> Result<(), Errno> {
         // SAFETY: only memory of the arena (module docs).
@@ -236,10 +250,10 @@ impl Side {
         merged(maps.lines().filter_map(|line| vma_of(line, self.span)))
     }
 
-    /// How many mappings of the kernel's overlap `span`.
-    pub fn parts(&self, span: Span) -> usize {
+    /// The parts of `span` that are in one mapping of the kernel's each.
+    pub fn pieces(&self, span: Span) -> Vec<Span> {
         let maps = std::fs::read_to_string("/proc/self/maps").expect("/proc is mounted");
-        maps.lines().filter_map(bounds).filter(|at| at.overlaps(span)).count()
+        maps.lines().filter_map(bounds).filter_map(|at| at.intersect(span)).collect()
     }
 
     /// The mappings of the arena that mlock holds.
