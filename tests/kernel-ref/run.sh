@@ -199,7 +199,7 @@ boot() {
         rm -f "$dir/out.img" && truncate -s 1600M "$dir/out.img" && : >"$dir/console.txt"
         nice -n "${BOOT_NICE:-10}" qemu-system-x86_64 -accel $accel -cpu $cpu -m 3G -smp 2 -nodefaults -display none -no-reboot \
             -kernel "$cache/build/vmlinuz" -initrd "$dir/initramfs.gz" \
-            -append "console=ttyS0 loglevel=6 panic=-1 oops=panic init_on_alloc=0 nowatchdog rcupdate.rcu_cpu_stall_suppress=1 ${BOOT_ARGS:-}" \
+            -append "console=ttyS0 loglevel=6 panic=-1 oops=panic init_on_alloc=0 nowatchdog rcupdate.rcu_cpu_stall_suppress=1 proc_mem.force_override=always ${BOOT_ARGS:-}" \
             -serial "file:$dir/console.txt" -drive "file=$dir/out.img,format=raw,if=virtio,cache=unsafe" 9>&- &
         if watch_machine $! "$limit"; then break; fi
         [ $try -lt 4 ] || fail "the machine does not start (console: $dir/console.txt)"
