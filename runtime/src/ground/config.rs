@@ -64,7 +64,7 @@ pub struct Config {
     pub chunk_sizes: Vec<u64>,
     /// Most bytes of host memory kept for ranges that are on the device; `None` is as much as host memory allows.
     pub retained: Option<u64>,
-    /// Service threads; 0 is chosen by the number of processors.
+    /// Service threads; at least two run. Where they are as many as processors, each stays on its own.
     pub workers: usize,
     /// Microseconds that a service thread spins for the next fault before it sleeps.
     pub spin_us: u64,
@@ -363,7 +363,7 @@ pub static OPTIONS: &[OptionRow] = &[
     row!(notifier_size, None, Window, default "512M", "bytes of a notifier's window"),
     row!(chunk_sizes, None, Chunks, default "2M,64K,4K", "range sizes to use"),
     row!(retained, None, Size, or "auto", "most host memory kept for ranges that are on the device"),
-    row!(workers, None, Count, default "0", "service threads, 0: chosen by the number of processors"),
+    row!(workers, None, Count, default "0", "service threads, two at least"),
     row!(spin_us, None, Number, default "500", "how long a service thread spins before it sleeps"),
     row!(faults, None, Bool, default "on", "whether the simulated device can fault and recover"),
     row!(visible, None, Size, or "all", "bytes of device memory that the CPU can reach"),

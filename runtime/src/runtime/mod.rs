@@ -228,6 +228,7 @@ fn start(builder: Builder) -> Result<Runtime> {
         Arc::new(Service::new(
             host.clone(),
             svm.clone(),
+            workers(&config),
             Duration::from_micros(config.spin_us),
             move |child| {
                 filled.for_child(|span, pages, shadow| host_of_child.fill_child(&child, span, shadow, pages));
@@ -262,6 +263,11 @@ fn start(builder: Builder) -> Result<Runtime> {
     }
     runtime.inner().start_chaos()?;
     Ok(runtime)
+}
+
+/// Service threads: two at least, so that one can read what the other waits for.
+fn workers(config: &Config) -> usize {
+    config.workers.max(2)
 }
 
 static ON_START: OnceLock<fn(&Runtime)> = OnceLock::new();
@@ -378,9 +384,9 @@ impl Inner {
         for (index, device) in self.devices.iter().enumerate() {
             device.set_fault_sink(Arc::new(Sink { svm: Arc::downgrade(&self.svm), device: index as u32 }));
         }
-        for index in 0..self.config.workers.max(2) {
+        for index in 0..workers(&self.config) {
             let service = self.service.clone();
-            thread::spawn(&format!("fault{index}"), move || service.run()).map_err(failed)?;
+            thread::spawn(&format!("fault{index}"), move || service.run(index)).map_err(failed)?;
         }
         if let Some(path) = self.config.trace_path(std::process::id()) {
             let names: Vec<String> = self.devices.iter().map(|d| d.info().name.clone()).collect();
