@@ -41,9 +41,11 @@ preload: setup
 	$(BUILD) -p usvm-preload -p usvm-preload-heap
 
 test-programs: preload
+	sh tests/setup.sh programs
 	sh tests/programs/run.sh $(PROGRAMS)
 
 bench-programs: preload
+	sh tests/setup.sh programs
 	sh tests/programs/run.sh --bench $(N) $(PROGRAMS)
 	sh tests/programs/run.sh --heap --bench $(N) $(PROGRAMS)
 

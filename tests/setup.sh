@@ -1,6 +1,8 @@
 #!/bin/sh
 # What building and testing need: a Rust toolchain, a C and C++ compiler (also for linking); and what some tests want and
 # are skipped without. Installs what Debian has when it may; otherwise says what to install.
+#
+#   setup.sh [programs]      programs: also what only `make test-programs` and `make bench-programs` run
 set -eu
 
 missing=""
@@ -22,6 +24,16 @@ command -v sqlite3 >/dev/null 2>&1 || wanted="$wanted sqlite3"
 command -v redis-server >/dev/null 2>&1 || wanted="$wanted redis-server redis-tools"
 /usr/bin/python3 -c 'import numpy' >/dev/null 2>&1 || wanted="$wanted python3-numpy"
 python3 -c 'import ensurepip, venv' >/dev/null 2>&1 || wanted="$wanted python3-venv"
+# CPython's own tests.
+if ! sh -c '. tests/programs/real/python.inc && find_python' >/dev/null 2>&1; then
+    version=$(/usr/bin/python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || echo 3.11)
+    wanted="$wanted libpython$version-testsuite"
+fi
+if [ "${1:-}" = programs ]; then
+    command -v javac >/dev/null 2>&1 || wanted="$wanted default-jdk-headless"
+    command -v mpicc >/dev/null 2>&1 || wanted="$wanted openmpi-bin libopenmpi-dev"
+    ls /usr/lib/*/libmimalloc.so.2.0 >/dev/null 2>&1 || wanted="$wanted libmimalloc2.0"
+fi
 ldconfig -p 2>/dev/null | grep -q 'libhwloc\.so\.15 ' || wanted="$wanted libhwloc15"
 
 if [ -n "$missing$wanted" ]; then

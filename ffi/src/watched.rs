@@ -10,13 +10,9 @@
 #![allow(unsafe_code)]
 #![allow(clippy::missing_safety_doc, reason = "each has its namesake's contract")]
 
-use std::ffi::{c_int, c_long};
+use std::ffi::c_int;
 
-use usvm_capi::interpose::{self, Address};
-
-fn address(answer: c_long) -> Address {
-    std::ptr::with_exposed_provenance_mut(answer as usize)
-}
+use usvm_capi::interpose::{self, Address, address};
 
 /// munmap(2).
 #[unsafe(export_name = "usvm_watched_munmap")]

@@ -95,6 +95,7 @@ table() {
             once "$mode"
             code=$?
             if [ $code = 77 ]; then same="$(grep -h -m1 '^skipped:' "$WORK/$name/$mode.out")"; break; fi
+            if [ "$mode $code" = "off 1" ]; then same="NO: does not run without usvm: $(tail -n 1 "$WORK/$name/off.out")"; break; fi
             echo "exit $code" >>"$WORK/$name/$mode.out"
             printf '%11ss' "$seconds"
             case $mode in *chaos) rate=$(echo "$(migrations) $seconds" | awk '{ printf "%d", $1 / $2 }') ;; esac

@@ -18,7 +18,7 @@
 //!
 //! A child of vfork, or of a fork that runs no handlers, finds the notifiers of its parent; it tells nobody.
 
-use std::ffi::{c_int, c_void};
+use std::ffi::{c_int, c_long, c_void};
 
 use usvm::ground::addr::Span;
 use usvm::ground::alloc;
@@ -27,6 +27,12 @@ use crate::api::notify::{self, Reason};
 
 /// What mappings are named by.
 pub type Address = *mut c_void;
+
+/// What a system call that maps answered.
+#[inline]
+pub fn address(answer: c_long) -> Address {
+    std::ptr::with_exposed_provenance_mut(answer as usize)
+}
 
 /// Whether somebody wants to hear of what this thread does.
 #[inline]

@@ -101,7 +101,7 @@ unsafe extern "C" fn by_the_kernel(
     new: *mut c_void,
 ) -> *mut c_void {
     // SAFETY: the caller's.
-    watched::address(unsafe { libc::syscall(libc::SYS_mremap, old, old_len, new_len, flags, new) })
+    interpose::address(unsafe { libc::syscall(libc::SYS_mremap, old, old_len, new_len, flags, new) })
 }
 
 /// What the program asks for, by `next` or piece by piece.

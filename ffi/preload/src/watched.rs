@@ -18,10 +18,10 @@
 //! # Safety
 //! Each function has its namesake's contract and passes its arguments on as they are.
 
-use std::ffi::{c_int, c_long};
+use std::ffi::c_int;
 
 use usvm::ground::alloc;
-use usvm_capi::interpose::{self, Address};
+use usvm_capi::interpose::{self, Address, address};
 
 use crate::next::Next;
 
@@ -51,10 +51,6 @@ pub(crate) fn look_up() {
 #[inline]
 pub(crate) fn behind<F: Copy>(next: &Next<F>) -> Option<F> {
     if alloc::is_internal() { None } else { next.known() }
-}
-
-pub(crate) fn address(answer: c_long) -> Address {
-    std::ptr::with_exposed_provenance_mut(answer as usize)
 }
 
 /// munmap(2).

@@ -6,8 +6,9 @@
 //! same machine, in every round. Where there is no module it is this program's memcpy. What serves a device is timed on the
 //! thread that does it, as the kernel's is timed in the ioctl; what the CPU waits for is timed where it waits.
 //!
-//! How bytes are copied is measured at start, and the fastest is taken: an emulated CPU has its own opinion of vector
-//! instructions.
+//! How bytes are copied is said by the caller (run.sh: by general registers, the fastest under emulation), or measured at
+//! start, and then the fastest is taken: an emulated CPU has its own opinion of vector instructions. One helper thread
+//! copies along.
 //!
 //! # Safety
 //! Touches an arena of its own, by volatile accesses.
@@ -29,10 +30,13 @@ use usvm::space::{Ctx, RangeFlags};
 use usvm::vram::copy::{Copier, CopyHint, CopyKind};
 use usvm::{Builder, Config, GpuAccess, Runtime};
 
-/// Rounds of one range, and of many.
+/// Rounds of one range.
 const ROUNDS: usize = 33;
+/// Rounds of many ranges.
 const LOOP_ROUNDS: usize = 17;
+/// Rounds before those that count.
 const WARM: usize = 2;
+/// Ranges in a round of many.
 const MANY: usize = 64;
 /// Helper threads for copies: the other processor has nothing to do while a range moves.
 const HELPERS: usize = 1;

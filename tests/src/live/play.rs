@@ -256,14 +256,7 @@ impl<'a> Player<'a> {
             "munmap" => Answers::of(live.munmap(a(0), a(1)), twin.munmap(t(0), a(1))),
             "mremap" => {
                 let without = twin.mremap(t(0), a(1), a(2), word(3), t(4));
-                let mut with = live.mremap(a(0), a(1), a(2), word(3), a(4));
-                // What usvm has divided, and let go of, need not be one mapping again: its pages may have come apart.
-                let divided =
-                    with == Err(libc::EFAULT) && without.is_ok() && live.pieces(op.span()).len() > 1;
-                if divided && word(3) != "inplace" {
-                    with = live.mremap_in_pieces(a(0), a(1), a(2), word(3), a(4));
-                }
-                Answers::of(with, without)
+                Answers::of(live.mremap(a(0), a(1), a(2), word(3), a(4)), without)
             }
             "mprotect" => Answers::of(live.mprotect(a(0), a(1), word(2)), twin.mprotect(t(0), a(1), word(2))),
             "madvise" => {

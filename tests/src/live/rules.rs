@@ -148,8 +148,7 @@ meant! {
     Divided: "mremap moves what is one mapping to the program",
         "EFAULT if usvm has registered a part of it, until the program has usvm let go",
         "the kernel moves no mapping under userfaultfd together with a neighbour",
-        "mremap of a span of several mappings, or of a mapping and a gap, one registered: usvm lets go first, then it must succeed, piece by piece where the kernel \
-         does not join them again";
+        "mremap of a span of several mappings, or of a mapping and a gap, one registered: usvm lets go first, then it must succeed";
     Recut: "a range stays as it is when mprotect divides its mapping",
         "it comes home at the next device access and gets ranges that fit the mappings",
         "protection and the right to flip are a mapping's",

@@ -168,20 +168,6 @@ impl Side {
         if got == libc::MAP_FAILED { Err(last()) } else { Ok(()) }
     }
 
-    /// mremap to another place of what the kernel no longer takes for one mapping, piece by piece, as the preload library
-    /// does it.
-    pub fn mremap_in_pieces(&self, at: u64, len: u64, new_len: u64, how: &str, to: u64) -> Result<(), Errno> {
-        if new_len < len {
-            self.munmap(at + new_len, len - new_len)?;
-        }
-        let pieces = self.pieces(Span::sized(at, len.min(new_len)));
-        for (i, piece) in pieces.iter().enumerate() {
-            let more = if i + 1 == pieces.len() { new_len.saturating_sub(len) } else { 0 };
-            self.mremap(piece.start, piece.len(), piece.len() + more, how, to + (piece.start - at))?;
-        }
-        Ok(())
-    }
-
     /// mprotect.
     pub fn mprotect(&self, at: u64, len: u64, perms: &str) -> Result<(), Errno> {
         // SAFETY: only memory of the arena (module docs).

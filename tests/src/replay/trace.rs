@@ -128,7 +128,7 @@ pub fn read(path: &Path) -> Result<Trace, Bad> {
 ///
 /// # Errors
 /// The line, and what is wrong there.
-pub(super) fn parse(text: &str) -> Result<Trace, Bad> {
+pub(crate) fn parse(text: &str) -> Result<Trace, Bad> {
     let mut trace = Trace { name: String::new(), arena: Span::new(0, 0), ops: Vec::new() };
     let (mut version, mut ended) = (false, false);
     for (i, line) in text.lines().enumerate() {

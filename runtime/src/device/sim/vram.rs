@@ -369,6 +369,16 @@ mod tests {
         assert!(Vram::new(SZ_4K, 0, false, 0).unwrap().visible(0, 1).is_none());
     }
 
+    #[test]
+    fn the_callers_mapping_begins_where_it_is_asked_to() {
+        for (pages, offset) in [(8, 17 * SZ_4K), (1024, SZ_2M - SZ_4K)] {
+            let vram = Vram::new(pages * SZ_4K, pages * SZ_4K, true, offset).unwrap();
+            assert_eq!(vram.full.base.as_ptr().addr() as u64 % SZ_2M, offset);
+            assert_eq!(mapped(&vram), [(pages * SZ_4K) as usize]);
+            vram.visible((pages - 1) * SZ_4K, 1).unwrap().write(&[9]);
+        }
+    }
+
     /// What the callers have of it in /proc/self/maps: the length of each mapping.
     fn mapped(vram: &Vram) -> Vec<usize> {
         let bases: Vec<usize> = [Some(&vram.full), vram.small_bar.as_ref().and_then(Option::as_ref)]

@@ -11,6 +11,10 @@ fn settings_that_make_no_sense_name_the_fix() {
     let bar = |v| SimConfig { cpu_visible_bytes: Some(v), ..config(MIB) };
     assert!(message(bar(2 * MIB)).contains("set 1048576 or less"));
     assert!(message(bar(5000)).contains("set 4096"));
+    let offset = |v| SimConfig { cpu_offset: v, ..config(MIB) };
+    assert!(message(offset(17 * SZ_4K + 1)).contains("set 69632"));
+    assert!(message(offset(2 * MIB + SZ_4K)).contains("set 4096"));
+    assert!(SimDevice::new(offset(17 * SZ_4K)).is_ok());
     assert!(!SimConfig::of(Profile::ARC_A770, MIB).recoverable_faults);
     let info =
         SimDevice::new(SimConfig { cpu_visible_bytes: Some(0), ..config(MIB) }).unwrap().info().clone();
