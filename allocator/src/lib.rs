@@ -32,8 +32,16 @@ mod deferred;
 mod functions;
 mod large;
 mod local;
+mod post;
+#[cfg(test)]
+mod post_tests;
 mod slab;
 mod spans;
+
+/// The atomics of [`post`], so that its source can be compiled a second time against a model checker's.
+mod primitive {
+    pub(super) use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicU16, Ordering, fence};
+}
 
 use std::alloc::{GlobalAlloc, Layout};
 

@@ -5,22 +5,22 @@
 //! blocks are listed, full ones are in no list, empty ones are kept as spare for any class, or given back. Taking and freeing
 //! a block of one's own is a few plain loads and stores.
 //!
-//! A thread that frees blocks of another heap chains up to 32 of one slab and then adds them to a list at the slab; the first to
-//! do so since the owner looked puts the slab into the owner's *mail*. The owner reads its mail when it would need new memory.
+//! A thread that frees blocks of another heap chains up to 32 of one slab and then sends them there ([`crate::post`]). The
+//! owner reads its mail when it would need new memory.
 //!
 //! When a thread ends, its heap stays, with what is still live, for a thread that begins later. Mail for a heap without a
 //! thread is read by the thread that sent it, so that memory of ended threads is returned as well.
 //!
 //! # Locking
-//! None: a heap is used only by whoever changed its state from `IDLE`. So fork needs no care: in the child the heaps of the
+//! None: a heap is used only by whoever claimed it. So fork needs no care: in the child the heaps of the
 //! threads that are gone are never used, and freeing their blocks goes to their mail.
 //!
 //! # Limits
 //! Heaps are never unmapped: there are as many as there ever were threads at one time.
 //!
 //! # Safety
-//! Heaps live forever. Between the change of state away from `IDLE` and back, everything in the heap and its slabs except
-//! `mail` and `state` belongs to the one who made it; acquire and release order one owner's use before the next one's.
+//! Heaps live forever. Between the claim and the letting go, everything in the heap and its slabs except `post` belongs to
+//! the one who claimed it; acquire and release order one owner's use before the next one's.
 #![allow(unsafe_code)]
 
 use std::cell::Cell;
@@ -31,6 +31,7 @@ use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, Ordering};
 use crate::class::{self, CLASSES, LARGEST};
 use crate::deferred;
 use crate::large::{self, Arena};
+use crate::post::{OWNED, Post};
 use crate::slab::{self, Chain, Place, Slab};
 
 /// Empty slabs that a heap keeps.
@@ -38,11 +39,6 @@ const SPARES: usize = 16;
 
 /// Blocks of another heap's slab that are handed over together at most.
 const CHAIN: u16 = 32;
-
-/// Nobody uses the heap.
-const IDLE: u8 = 0;
-/// A thread owns it, or reads its mail.
-const OWNED: u8 = 1;
 
 /// One thread's slabs.
 pub(crate) struct Heap {
@@ -52,8 +48,7 @@ pub(crate) struct Heap {
     spare_count: usize,
     /// What the thread freed of another heap and has not handed over yet.
     leaving: Chain,
-    mail: AtomicPtr<Slab>,
-    state: AtomicU8,
+    post: Post<Slab>,
     /// Where its memory comes from; `None` if there can be none.
     arena: Option<Arena>,
     /// The next of all heaps.
@@ -84,8 +79,7 @@ impl Heap {
             spares: [ptr::null_mut(); SPARES],
             spare_count: 0,
             leaving: Chain::NONE,
-            mail: AtomicPtr::new(ptr::null_mut()),
-            state: AtomicU8::new(OWNED),
+            post: Post { mail: AtomicPtr::new(ptr::null_mut()), state: AtomicU8::new(OWNED) },
             arena: None,
             next: ptr::null_mut(),
         }
@@ -226,7 +220,7 @@ unsafe fn with_blocks(heap: *mut Heap, class: usize) -> *mut Slab {
             (*heap).current[class] = slab::nothing();
         }
         // As late as can be, so that others have freed much before it is collected, and are not at it meanwhile.
-        if (*heap).listed[class].is_null() && !(*heap).mail.load(Ordering::Relaxed).is_null() {
+        if (*heap).listed[class].is_null() && (*heap).post.has_mail() {
             read_mail(heap);
         }
         let listed = (*heap).listed[class];
@@ -338,16 +332,7 @@ unsafe fn retire(heap: *mut Heap, slab: *mut Slab) {
 unsafe fn send(heap: *mut Heap, slab: *mut Slab) {
     // SAFETY: heaps live forever; the slab stays until its mail is read, which cannot be before it is sent.
     unsafe {
-        let mail = &(*heap).mail;
-        let mut head = mail.load(Ordering::Relaxed);
-        loop {
-            (*slab).mail_next.store(head, Ordering::Relaxed);
-            match mail.compare_exchange_weak(head, slab, Ordering::SeqCst, Ordering::Relaxed) {
-                Ok(_) => break,
-                Err(now) => head = now,
-            }
-        }
-        if (*heap).state.load(Ordering::SeqCst) == IDLE && claim(heap) {
+        if (*heap).post.send(slab, &(*slab).mail_next) {
             leave(heap);
         }
     }
@@ -358,7 +343,7 @@ unsafe fn read_mail(heap: *mut Heap) {
     // SAFETY: the caller owns the heap. A slab in the mail is nobody else's to send; as soon as its list is taken it may
     // be sent again, so its link is read before.
     unsafe {
-        let mut slab = (*heap).mail.swap(ptr::null_mut(), Ordering::SeqCst);
+        let mut slab = (*heap).post.take();
         while !slab.is_null() {
             let next = (*slab).mail_next.load(Ordering::Relaxed);
             Slab::collect(slab);
@@ -368,21 +353,14 @@ unsafe fn read_mail(heap: *mut Heap) {
     }
 }
 
-unsafe fn claim(heap: *mut Heap) -> bool {
-    // SAFETY: heaps live forever.
-    unsafe { (*heap).state.compare_exchange(IDLE, OWNED, Ordering::SeqCst, Ordering::Relaxed).is_ok() }
-}
-
 /// Gives back what is empty and lets go of the heap.
 unsafe fn leave(heap: *mut Heap) {
-    // SAFETY: the caller owns the heap until the state is `IDLE`; after that only if it claims it again.
+    // SAFETY: the caller owns the heap until it lets go.
     unsafe {
         loop {
             read_mail(heap);
             give_back(heap);
-            (*heap).state.store(IDLE, Ordering::SeqCst);
-            // Mail that came after it was read, from a sender who saw an owner: ours to read, unless somebody else does.
-            if (*heap).mail.load(Ordering::SeqCst).is_null() || !claim(heap) {
+            if !(*heap).post.let_go() {
                 return;
             }
         }
@@ -420,7 +398,7 @@ pub(crate) fn trim() {
                 flush(heap);
                 read_mail(heap);
                 give_back(heap);
-            } else if claim(heap) {
+            } else if (*heap).post.claim() {
                 leave(heap);
             }
             heap = (*heap).next;
@@ -449,7 +427,7 @@ fn adopt() -> *mut Heap {
     // SAFETY: heaps live forever, and `next` was written before the heap was published.
     unsafe {
         while !heap.is_null() {
-            if (*heap).state.load(Ordering::Relaxed) == IDLE && claim(heap) {
+            if (*heap).post.claim() {
                 return heap;
             }
             heap = (*heap).next;

@@ -22,6 +22,7 @@ use std::sync::atomic::{AtomicPtr, AtomicU16, AtomicUsize, Ordering};
 
 use crate::class::{self, CLASSES, GRANULE};
 use crate::local::Heap;
+use crate::post::Freed;
 use crate::{large, spans};
 
 /// Bytes and alignment of a slab.
@@ -57,8 +58,8 @@ pub(crate) struct Slab {
     links: *mut AtomicU16,
     /// The next slab in the owner's mail.
     pub(crate) mail_next: AtomicPtr<Slab>,
-    /// The newest block that another thread freed, plus one; 0 for none.
-    remote: AtomicU16,
+    /// Blocks that other threads freed.
+    remote: Freed,
     class: u8,
     own: Own,
 }
@@ -115,7 +116,7 @@ static NOTHING: Nothing = Nothing(Slab {
     heap: ptr::null_mut(),
     links: ptr::null_mut(),
     mail_next: AtomicPtr::new(ptr::null_mut()),
-    remote: AtomicU16::new(0),
+    remote: Freed { head: AtomicU16::new(0) },
     class: 0,
     own: Own {
         stack: ptr::null_mut(),
@@ -414,27 +415,13 @@ impl Slab {
     /// Hands a chain over to the slab's owner. True if the slab must go into its owner's mail, by this thread: nobody but it may
     /// do so until the owner has read the mail.
     ///
-    /// The freed blocks form a list of block numbers, in links that have an entry for each block: its head is `remote`. Chains
-    /// are only added and everything is taken at once, so a head that looks the same is the same list. The slab stays
-    /// where it is until its owner has taken these blocks: it is the last thing done here.
+    /// The slab stays where it is until its owner has taken these blocks: it is the last thing done here.
     ///
     /// # Safety
     /// The chain has a block and is used up.
     pub(crate) unsafe fn hand_over(chain: Chain) -> bool {
-        // SAFETY: the slab has live blocks until the exchange, so its links stay.
-        unsafe {
-            let link = Self::link(chain.slab, chain.tail);
-            let remote = &raw const (*chain.slab).remote;
-            let mut head = (*remote).load(Ordering::Relaxed);
-            loop {
-                (*link).store(head, Ordering::Relaxed);
-                let new = chain.head + 1;
-                match (*remote).compare_exchange_weak(head, new, Ordering::Release, Ordering::Relaxed) {
-                    Ok(_) => return head == 0,
-                    Err(now) => head = now,
-                }
-            }
-        }
+        // SAFETY: the slab has live blocks until they are added, so its links stay until then; records stay for ever.
+        unsafe { (*chain.slab).remote.add(chain.head, &*Self::link(chain.slab, chain.tail)) }
     }
 
     #[inline]
@@ -450,14 +437,13 @@ impl Slab {
     pub(crate) unsafe fn collect(slab: *mut Self) {
         // SAFETY: the list's blocks are ours now; each is on the stack once.
         unsafe {
-            let step = class::granules((*slab).class as usize);
-            let mut head = (*slab).remote.swap(0, Ordering::Acquire);
-            while head != 0 {
-                let number = head - 1;
-                head = (*Self::link(slab, number)).load(Ordering::Relaxed);
-                *(*slab).own.stack.add((*slab).own.count as usize) = number * step as u16;
-                (*slab).own.count += 1;
-            }
+            let step = class::granules((*slab).class as usize) as u16;
+            let own = &raw mut (*slab).own;
+            let link = |number| &*Self::link(slab, number);
+            (*slab).remote.take(link, |number| {
+                *(*own).stack.add((*own).count as usize) = number * step;
+                (*own).count += 1;
+            });
         }
     }
 }

@@ -90,7 +90,11 @@ mod tests {
             [1, 2, 3, 4],
             "read only"
         );
-        assert_eq!(freed(&[FREE, ("touch 1000002000 1000 w", "0 ok=0 segv=1 bus=0")]), [1, 2, 3, 4], "refused");
+        assert_eq!(
+            freed(&[FREE, ("touch 1000002000 1000 w", "0 ok=0 segv=1 bus=0")]),
+            [1, 2, 3, 4],
+            "refused"
+        );
         assert_eq!(freed(&[FREE, ("munmap 1000002000 2000", "0")]), [1, 4]);
         assert_eq!(freed(&[("madvise 1000001000 4000 cold", "0")]), [0; 0]);
     }
