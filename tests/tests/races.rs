@@ -316,6 +316,57 @@ fn read_mostly_memory_shows_every_write_between_brackets() {
     );
 }
 
+/// A thread of usvm has a range in its hands and reads its pages at home (to share or unshare them), while the program drops
+/// some of them. It waits for pages that only it could bring, and an event may wait for its range.
+#[test]
+fn pages_are_dropped_while_usvm_reads_them() {
+    let _alone = alone("dropped while read", 20);
+    let runtime = runtime(Config::default(), &[16 << 20]);
+    let mem = Mem::filled(K64, 1);
+    let (at, len) = (mem.at, mem.len);
+    runtime.advise(at, len, Hint::ReadMostly(true)).unwrap();
+    runtime.launch_with(0, &[reads(at, len)], |_| Ok(())).wait(None).unwrap();
+    let svm = runtime.svm();
+    let range = svm.space.find(at).unwrap();
+    let drop_page = |page: u64| {
+        // SAFETY: nothing refers to this page.
+        assert_eq!(unsafe { libc::madvise(mem.ptr(page * K4), 4096, libc::MADV_DONTNEED) }, 0);
+    };
+    let read = |page: u64| {
+        let mut word = 1;
+        let span = usvm::ground::addr::Span::sized(at + page * K4, K4);
+        let mut look = || word = mem.words::<u64>()[(page * K4 / 8) as usize].load(Relaxed);
+        svm.mover.host.touching(span, &mut look);
+        word
+    };
+    drop_page(1);
+    drop_page(2);
+    runtime.barrier().unwrap();
+    let state = range.data.lock();
+    assert_eq!(read(1), 0, "a page dropped before");
+    // The call returns when its event was read. To handle the event takes the range.
+    drop_page(3);
+    assert_eq!(read(3), 0, "a page whose event is not handled yet");
+    assert_eq!(read(2), 0, "another one");
+    assert_eq!(read(4), value(1, 4 * K4 / 8), "one that is there");
+    drop(state);
+    mem.check_words(5 * K4, len - 5 * K4, |i| value(1, i));
+}
+
+/// Where no service thread stays awake, and the second rests while one thread faults.
+#[test]
+fn service_threads_that_rest_are_there_in_time() {
+    let _alone = alone("rest", 60);
+    let mut config = policy("gpusvm");
+    config.set("spin_us", "0").unwrap();
+    let runtime = runtime(config, &[16 << 20]);
+    let mem = zeroed(Mem::huge(M2));
+    for threads in [1, 3, 1, 2] {
+        hammer(&runtime, &mem, threads, true, Duration::from_millis(500), 100);
+        mem.words::<u64>().iter().for_each(|w| w.store(0, Relaxed));
+    }
+}
+
 #[test]
 fn prefetch_evict_and_faults_race() {
     let _alone = alone("prefetch and evict", 60);

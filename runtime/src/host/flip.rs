@@ -326,14 +326,14 @@ impl Host {
     /// are; what cannot be done (no memory) stays shared. Gives how many it asked for.
     ///
     /// A page that the application drops between the look and the call is missing then, and the call waits for it like
-    /// any access: whoever serves faults of `app` must be able to while this runs.
+    /// any access: see [`super::touched`].
     pub(super) fn make_own(&self, app: Span, pages: &PageMask) -> u64 {
         let there = self.present_or(app, PageMask::EMPTY);
         let mut made = 0;
         for (first, count) in pages.and(&there).runs() {
             let run = app.page_run(first, count);
             // SAFETY: populating changes no contents.
-            match unsafe { sys::advise(run, Advice::LinuxPopulateWrite) } {
+            match self.touched.during(run, || unsafe { sys::advise(run, Advice::LinuxPopulateWrite) }) {
                 Ok(()) => {
                     made += run.len() / SZ_4K;
                     // Of a huge page in pieces the kernel asks whether its first page is exclusive, whichever is to

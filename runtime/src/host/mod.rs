@@ -41,6 +41,7 @@ mod spanset;
 mod sys;
 #[cfg(test)]
 mod tests;
+mod touched;
 mod vma;
 
 use self::budget::Budget;
@@ -52,6 +53,7 @@ use self::pool::{Ground, Pool};
 use self::registered::Registered;
 use self::shadow::{Filled, ShadowArea};
 use self::sys::RegisterMode;
+use self::touched::Touched;
 use self::vma::Maps;
 use crate::ground::addr::{PageMask, SZ_2M, SZ_4K, Span};
 use crate::ground::error::{Errno, Error, Result};
@@ -103,6 +105,7 @@ pub struct Host {
     pool: Pool,
     shadow: ShadowArea,
     own_remaps: Mutex<Vec<(u64, u64)>>,
+    touched: Touched,
     budget: Budget,
     stats: HostStats,
 }
@@ -126,6 +129,7 @@ impl Host {
             pool: Pool::new(options.prepared, by_move),
             shadow: ShadowArea::new(filled, options.arena_max),
             own_remaps: Mutex::default(),
+            touched: Touched::default(),
             budget: Budget::new(),
             stats: HostStats::default(),
             report,
@@ -515,6 +519,14 @@ impl HostMemory for Host {
             Err(Errno(libc::ENOMEM)) => Err(FlipError::NoMemory),
             Err(other) => Err(FlipError::Os(other.0)),
         }
+    }
+
+    fn touching(&self, span: Span, f: &mut dyn FnMut()) {
+        self.touched.during(span, f);
+    }
+
+    fn fill_touched(&self, page: u64) -> Option<std::result::Result<(), FlipError>> {
+        self.touched.fill(page, || self.zero_fill(page))
     }
 
     fn wake(&self, span: Span) {

@@ -9,7 +9,9 @@
 //!          +------------------------------------ none left ------------------------------------------------+
 //! ```
 //!
-//! One thread reads at a time. A message wakes every thread that sleeps; who finds nothing left to do waits again.
+//! One thread reads at a time. While one thread of the program faults, one of these is enough, and the others rest: a
+//! message wakes every thread that waits for messages, and who finds nothing left to do was woken in vain. That several
+//! threads fault is learnt from the last faults.
 //!
 //! # Order of events
 //! Reading an event lets the call that caused it return. The messages of one read are handled like this:
@@ -21,8 +23,9 @@
 //!    has not landed.
 //! 3. While any event is unread, every flip answers EAGAIN. Whoever gets that puts the fault back, so that the next
 //!    read comes first. No thread waits for a lock while it reads, except for a range's own, in an event. Its
-//!    holder may wait for the reader with it: in an mremap of usvm's own, where pages cannot be moved otherwise. So the
-//!    reader reads on while it waits, and handles what it read when its turn comes.
+//!    holder may wait for the reader with it: in an mremap of usvm's own, where pages cannot be moved otherwise, or for a
+//!    page of the program that it touches ([`super::touched`]). So the reader reads on while it waits, serves such faults
+//!    at once, and handles the rest when its turn comes.
 //! 4. [`Service::barrier`] returns when every event queued before the call was handled. A device access begins with it.
 //!
 //! # Waiting for messages
@@ -31,20 +34,20 @@
 //! none came, as the kernel's halt polling does. Between looks it yields, and where a yield takes long it sleeps: somebody
 //! else wants the processor.
 //!
-//! Who looks: the first thread. The others do as well while several threads fault, and always where there is a service
-//! thread for each processor; then each has a processor of its own. There the thread that shares its processor with the one
-//! that faults is next in line when that one goes to sleep: the processor never becomes idle, and nobody has to wake it.
-//! In a virtual machine that takes as long as all the rest (measured with 2 processors: a clean 2 MiB range is back in 30 us
-//! instead of 80).
+//! Where there is a service thread for each processor, each has a processor of its own and none rests. The one that shares
+//! its processor with the thread that faults is next in line when that one goes to sleep: the processor never becomes
+//! idle, and nobody has to wake it. In a virtual machine that takes as long as all the rest (measured with 2 processors:
+//! a clean 2 MiB range is back in 30 us instead of 80).
 //!
 //! # Limits
 //! Faults are counted from when they are read: the time a message waited in the kernel is not in the latency figures.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, TryLockError};
 use std::time::{Duration, Instant};
 
+use rustix::fd::OwnedFd;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use crate::ground::addr::{SZ_4K, align_down};
@@ -129,6 +132,9 @@ fn nanos(duration: Duration) -> u64 {
     duration.as_nanos() as u64
 }
 
+/// Gets a forked child's userfaultfd, and what to do again and again while it waits for a range.
+type OnFork = dyn Fn(OwnedFd, &dyn Fn()) + Send + Sync;
+
 /// The service of one runtime.
 pub struct Service {
     host: Arc<Host>,
@@ -141,12 +147,14 @@ pub struct Service {
     spin: Spin,
     /// Whether several threads fault.
     company: AtomicBool,
-    /// Where there is a service thread for each processor: theirs.
+    /// What ends the rest of threads that are not needed.
+    bell: (Mutex<()>, Condvar),
+    /// Where there is a service thread for each processor, and they look: theirs.
     processors: Vec<usize>,
     begun: AtomicU64,
     finished: AtomicU64,
     stop: AtomicBool,
-    on_fork: Box<dyn Fn(rustix::fd::OwnedFd) + Send + Sync>,
+    on_fork: Box<OnFork>,
 }
 
 impl Service {
@@ -157,7 +165,7 @@ impl Service {
         svm: Arc<Svm>,
         workers: usize,
         spin: Duration,
-        on_fork: impl Fn(rustix::fd::OwnedFd) + Send + Sync + 'static,
+        on_fork: impl Fn(OwnedFd, &dyn Fn()) + Send + Sync + 'static,
     ) -> Self {
         let processors = allowed_processors();
         Self {
@@ -168,7 +176,8 @@ impl Service {
             queue: Mutex::new(VecDeque::with_capacity(256)),
             spin: Spin::new(spin),
             company: AtomicBool::new(false),
-            processors: if processors.len() <= workers { processors } else { Vec::new() },
+            bell: Default::default(),
+            processors: if processors.len() <= workers && !spin.is_zero() { processors } else { Vec::new() },
             begun: AtomicU64::new(0),
             finished: AtomicU64::new(0),
             stop: AtomicBool::new(false),
@@ -186,12 +195,19 @@ impl Service {
             stay_on(*processor);
         }
         while !self.stop.load(Ordering::Acquire) {
-            if let Err(e) = self.wait(index).and_then(|()| self.read_in_turn()) {
+            // Whoever puts a fault back sees to it that it is served later.
+            if !self.is_needed(index) && self.queue().is_empty() {
+                self.rest();
+                continue;
+            }
+            if let Err(e) = self.wait().and_then(|()| self.read_in_turn()) {
                 tracing::error!("the fault service cannot read: {e}");
                 std::thread::sleep(Duration::from_millis(10));
             }
             while let Some(fault) = self.next_fault() {
-                self.serve(fault, true);
+                // Alone it reads before it waits for a lock: the holder may wait for an event.
+                let patient = fault.attempts > 0 || self.is_needed(1);
+                self.serve(fault, patient);
             }
         }
         // The call that woke this one may have been used up before another slept.
@@ -202,6 +218,27 @@ impl Service {
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Release);
         self.host.channel().wake_reader();
+        self.ring();
+    }
+
+    /// Whether thread `index` has something to do: the first always.
+    fn is_needed(&self, index: usize) -> bool {
+        index == 0 || !self.processors.is_empty() || self.company.load(Ordering::Relaxed)
+    }
+
+    /// Returns when this thread may be needed.
+    fn rest(&self) {
+        let mut bell = self.bell.0.lock().unwrap_or_else(|p| p.into_inner());
+        while !self.company.load(Ordering::Relaxed) && !self.stop.load(Ordering::Acquire) {
+            bell = self.bell.1.wait(bell).unwrap_or_else(|p| p.into_inner());
+        }
+    }
+
+    /// Ends all rest, after what it waits for was changed.
+    fn ring(&self) {
+        // Whoever is about to rest has looked before and sleeps by now, or looks after this.
+        drop(self.bell.0.lock().unwrap_or_else(|p| p.into_inner()));
+        self.bell.1.notify_all();
     }
 
     /// Reads, unless another thread does: it takes what is there, and faults for everybody.
@@ -225,7 +262,20 @@ impl Service {
         self.unhandled.lock().unwrap_or_else(|p| p.into_inner())
     }
 
-    /// Reads all messages and handles none: whoever caused an event can go on.
+    /// What is done while an event cannot be handled, because another thread has its range: whoever caused an event can go
+    /// on, and so can the other thread where it waits for a page itself.
+    fn read_on_meanwhile(&self) {
+        // Nothing can be done about an error here; the next read tells it.
+        let _ = self.read_on();
+        let waits = |addr| self.svm.fill_touched(align_down(addr, SZ_4K)) != Some(Served::Done);
+        self.unhandled().retain(|message| match message {
+            Message::Fault { addr, .. } => waits(*addr),
+            _ => true,
+        });
+        self.queue().retain(|fault| waits(fault.addr));
+    }
+
+    /// Reads all messages and handles none.
     fn read_on(&self) -> Result<usize> {
         let mut batch = Vec::new();
         let read = self.host.channel().read_batch(&mut batch);
@@ -238,15 +288,10 @@ impl Service {
         self.begun.fetch_add(1, Ordering::AcqRel);
         let read = self.read_on();
         let arrived = Instant::now();
-        let mut faults = Vec::new();
-        loop {
-            let next = self.unhandled().pop_front();
-            let Some(message) = next else { break };
-            let _handling =
-                (!matches!(message, Message::Fault { .. })).then(|| self.host.channel().handling());
-            let read_on = || drop(self.read_on());
-            match message {
-                Message::Fault { addr, tid, .. } => faults.push((align_down(addr, SZ_4K), tid)),
+        let read_on = || self.read_on_meanwhile();
+        while let Some(event) = self.next_event() {
+            let _handling = self.host.channel().handling();
+            match event {
                 Message::Unmap(span) => self.svm.unmapped_meanwhile(span, &read_on),
                 Message::Remove(span) => self.svm.discarded(span, &read_on),
                 Message::Remap { from, to, len } => {
@@ -254,15 +299,27 @@ impl Service {
                         self.svm.moved(from, to, len, &read_on);
                     }
                 }
-                Message::Fork(child) => (self.on_fork)(child),
+                Message::Fork(child) => (self.on_fork)(child, &read_on),
+                Message::Fault { .. } => unreachable!("it is no event"),
             }
         }
         self.finished.fetch_add(1, Ordering::AcqRel);
+        let mut faults = Vec::new();
+        self.unhandled().retain(|message| match message {
+            Message::Fault { addr, tid, .. } => {
+                faults.push((align_down(*addr, SZ_4K), *tid));
+                false
+            }
+            _ => true,
+        });
         // Sorted, so that the faults of one range are served together: after the first the others find their page.
         faults.sort_unstable();
         faults.dedup();
         for (_, tid) in &faults {
-            self.company.store(company.came(*tid), Ordering::Relaxed);
+            let now = company.came(*tid);
+            if self.company.swap(now, Ordering::Relaxed) != now && now {
+                self.ring();
+            }
         }
         let mut queue = self.queue();
         queue.extend(faults.into_iter().map(|(addr, _)| Fault {
@@ -275,8 +332,15 @@ impl Service {
         read.map(|_| ())
     }
 
+    /// Takes the first event that was read. Faults stay where [`Service::read_on_meanwhile`] sees them.
+    fn next_event(&self) -> Option<Message> {
+        let mut unhandled = self.unhandled();
+        let at = unhandled.iter().position(|message| !matches!(message, Message::Fault { .. }))?;
+        unhandled.remove(at)
+    }
+
     /// Waits for messages, or until a fault that was put back is due.
-    fn wait(&self, index: usize) -> Result<()> {
+    fn wait(&self) -> Result<()> {
         let mut looked = false;
         let due = loop {
             let due = self.queue().iter().map(|f| f.not_before).min();
@@ -288,7 +352,7 @@ impl Service {
                 self.spin.found(false);
                 return Ok(());
             }
-            if !self.looks(index) || !self.spin.goes_on() {
+            if !self.spin.goes_on() {
                 break due;
             }
             looked = true;
@@ -307,11 +371,6 @@ impl Service {
             self.spin.found(true);
         }
         Ok(())
-    }
-
-    /// Whether thread `index` looks for messages before it sleeps.
-    fn looks(&self, index: usize) -> bool {
-        index == 0 || !self.processors.is_empty() || self.company.load(Ordering::Relaxed)
     }
 
     fn next_fault(&self) -> Option<Fault> {

@@ -230,8 +230,10 @@ fn start(builder: Builder) -> Result<Runtime> {
             svm.clone(),
             workers(&config),
             Duration::from_micros(config.spin_us),
-            move |child| {
-                filled.for_child(|span, pages, shadow| host_of_child.fill_child(&child, span, shadow, pages));
+            move |child, read_on| {
+                filled.for_child(read_on, |span, pages, shadow| {
+                    host_of_child.fill_child(&child, span, shadow, pages)
+                });
             },
         ))
     };

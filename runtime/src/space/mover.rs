@@ -43,7 +43,8 @@ pub(crate) struct Place {
 
 /// Moves ranges between host and devices.
 pub struct Mover {
-    pub(crate) host: Arc<dyn HostMemory>,
+    /// The process's memory.
+    pub host: Arc<dyn HostMemory>,
     pub(crate) places: Vec<Place>,
     pub(crate) policy: std::sync::RwLock<Arc<dyn Policy>>,
     pub(crate) observer: Arc<Observer>,
@@ -642,8 +643,10 @@ impl Mover {
         let present = self.host.present(span);
         let dev = self.device(device);
         for (first, count) in pages.and(&present).runs() {
-            let at = first as u64 * SZ_4K;
-            dev.upload_live(bo, at, span.start + at, count as u64 * SZ_4K)?;
+            let (at, run) = (first as u64 * SZ_4K, span.page_run(first, count));
+            let mut copied = Ok(());
+            self.host.touching(run, &mut || copied = dev.upload_live(bo, at, run.start, run.len()));
+            copied?;
         }
         if !tracked {
             for (first, count) in pages.minus(&present).runs() {

@@ -171,6 +171,14 @@ pub trait HostMemory: AddressSpace {
     /// Fills a hole with zeroes (present already is success) and wakes its waiters.
     fn zero_fill(&self, page: u64) -> std::result::Result<(), FlipError>;
 
+    /// Does `f`, which touches `span`, with its range locked and all of `span` at home. If the program drops a page of it
+    /// meanwhile, the access waits as any other does; [`HostMemory::fill_touched`] serves it.
+    fn touching(&self, span: Span, f: &mut dyn FnMut());
+
+    /// [`HostMemory::zero_fill`] if somebody touches the page now. Needs no lock of its range, and who touches it goes
+    /// on after this.
+    fn fill_touched(&self, page: u64) -> Option<std::result::Result<(), FlipError>>;
+
     /// Wakes the waiters of `span`: their faults are tried again.
     fn wake(&self, span: Span);
 

@@ -554,6 +554,14 @@ impl HostMemory for FakeHost {
         Some(mask)
     }
 
+    fn touching(&self, _span: Span, f: &mut dyn FnMut()) {
+        f();
+    }
+
+    fn fill_touched(&self, _page: u64) -> Option<std::result::Result<(), FlipError>> {
+        None
+    }
+
     fn zero_fill(&self, page: u64) -> StdResult<(), FlipError> {
         let mut k = self.kernel();
         if k.unread > 0 || k.stops() {

@@ -426,7 +426,7 @@ impl World {
         }
         self.deliver();
         let mut given = BTreeMap::new();
-        self.svm.for_child(|span, pages, shadow| {
+        self.svm.for_child(&|| (), |span, pages, shadow| {
             for page in (0..span.pages()).filter(|p| pages.get(*p)) {
                 let value = self.host.peek_shadow(shadow, page).expect("what is given is there");
                 given.insert(span.page_run(page, 1).start, value);

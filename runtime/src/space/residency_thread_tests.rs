@@ -189,7 +189,7 @@ impl Party {
                 0 => drop(self.svm.bring_home(span, crate::observe::stats::Cause::User)),
                 1 => self.svm.shrink(dice.roll(8) * SZ_4K),
                 2 => drop(self.svm.collect_garbage()),
-                3 => self.svm.for_child(|_, _, _| {}),
+                3 => self.svm.for_child(&|| (), |_, _, _| {}),
                 _ => drop(self.svm.gpu_access(dice.roll(2) as u32, span.start, span.len(), Want::prefetch())),
             }
             thread::yield_now();

@@ -102,13 +102,7 @@ fn survive(host: &Arc<Host>, area: &Area, there: &PageMask, plan: impl Fn() -> P
     let stopped = plan_during(&plan, || host.flip_in(part, &shadow, &out));
     if let Err(stop) = stopped {
         out = out.minus(&stop.moved);
-        // An event of usvm's own mremap may not be handled yet: the service would come back later, too.
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while let Err(stop) = host.flip_in(part, &shadow, &out) {
-            assert!(stop.why == FlipError::Again && Instant::now() < deadline, "{stop:?}");
-            out = out.minus(&stop.moved);
-            std::thread::yield_now();
-        }
+        flip_in(&host, part, &shadow, &out);
     }
     assert_eq!(host.present(part), there);
     verify_pages(part, &there);

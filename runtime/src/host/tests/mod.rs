@@ -16,12 +16,12 @@ use super::features::{Features, Options};
 use super::message::Message;
 use super::{Host, sys};
 use crate::ground::addr::{PageMask, SZ_2M, SZ_4K, Span, align_up};
-use crate::space::ports::HostMemory;
+use crate::space::ports::{FlipError, HostMemory, Shadow};
 use rustix::mm::Advice;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Tests that fork exclude the others: a child holds on to everybody's pages.
 static FORKS: RwLock<()> = RwLock::new(());
@@ -228,6 +228,17 @@ impl Drop for Child {
             libc::kill(self.pid, libc::SIGKILL);
             libc::waitpid(self.pid, std::ptr::null_mut(), 0);
         }
+    }
+}
+
+/// Flips `pages` in. An event of usvm's own mremap may not be handled yet: the service would come back later, too.
+fn flip_in(host: &Host, app: Span, shadow: &Shadow, pages: &PageMask) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let mut left = *pages;
+    while let Err(stop) = host.flip_in(app, shadow, &left) {
+        assert!(stop.why == FlipError::Again && Instant::now() < deadline, "{stop:?}");
+        left = left.minus(&stop.moved);
+        std::thread::yield_now();
     }
 }
 

@@ -267,7 +267,7 @@ fn shift_landings(landings: &mut Vec<Landing>, old: Span, shift: u64) {
 }
 
 /// Locks the range's state; does `read_on` again and again until it has it.
-fn lock_meanwhile<'a>(range: &'a Range, read_on: &dyn Fn()) -> MutexGuard<'a, State> {
+pub(super) fn lock_meanwhile<'a>(range: &'a Range, read_on: &dyn Fn()) -> MutexGuard<'a, State> {
     let mut tries = 0;
     loop {
         if let Some(state) = range.data.try_lock() {

@@ -3,6 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use super::events::lock_meanwhile;
 use super::{PIN_PATIENCE, Svm, TRIES, back_off};
 use crate::ground::addr::{PageMask, Span};
 use crate::ground::error::{Error, Result};
@@ -84,9 +85,13 @@ impl Svm {
 
     /// A child was forked by a call that no handler announced: calls `f` with the contents of everything that is away,
     /// range by range.
-    pub fn for_child(&self, mut f: impl FnMut(Span, &PageMask, &crate::space::ports::Shadow)) {
+    pub fn for_child(
+        &self,
+        read_on: &dyn Fn(),
+        mut f: impl FnMut(Span, &PageMask, &crate::space::ports::Shadow),
+    ) {
         for range in self.space.ranges_in(Span::new(0, u64::MAX)) {
-            let mut state = range.data.lock();
+            let mut state = lock_meanwhile(&range, read_on);
             if let Err(e) =
                 self.mover.snapshot(&range, &mut state, |pages, shadow| f(range.span(), pages, shadow))
             {
@@ -95,7 +100,7 @@ impl Svm {
         }
         // What mremap took elsewhere and has not landed belongs where it was to land.
         for landing in self.landings().iter() {
-            let state = landing.range.data.lock();
+            let state = lock_meanwhile(&landing.range, read_on);
             let Some(m) = &state.moved else { continue };
             let pages = m.leaving.and(&landing.pages);
             if let Some(shadow) = m.shadow.as_ref().filter(|_| !pages.is_empty()) {
