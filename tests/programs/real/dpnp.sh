@@ -5,7 +5,8 @@ if ! "$DPNP/bin/python" -c 'import dpnp' 2>/dev/null; then
         "$DPNP/bin/pip" install -q dpnp intel-opencl-rt >"$WORK/pip.log" 2>&1 ||
         skip "dpnp cannot be installed: $(tail -1 "$WORK/pip.log" 2>/dev/null)"
 fi
-export OCL_ICD_FILENAMES="${OCL_ICD_FILENAMES:-$(ls "$DPNP"/lib/libintelocl.so* 2>/dev/null | head -1)}"
+# The loader and the runtime of the environment, and no other driver.
+export LD_LIBRARY_PATH="$DPNP/lib" OCL_ICD_FILENAMES="$DPNP/lib/libintelocl.so" OCL_ICD_VENDORS=/nonexistent
 export ONEAPI_DEVICE_SELECTOR=opencl:cpu
 $RUN "$DPNP/bin/python" - <<'PY'
 import dpnp, dpctl, hashlib

@@ -3,10 +3,9 @@
 use super::*;
 use crate::ground::error::Error;
 use crate::ground::inject::{self, Call};
-use crate::space::ports::{AddressSpace, FlipError, Shadow};
+use crate::space::ports::{AddressSpace, Shadow};
 use std::sync::atomic::AtomicU64;
 use std::sync::{Mutex, MutexGuard};
-use std::time::{Duration, Instant};
 
 const ERRNOS: [i32; 9] = [
     libc::EAGAIN,
@@ -102,7 +101,7 @@ fn survive(host: &Arc<Host>, area: &Area, there: &PageMask, plan: impl Fn() -> P
     let stopped = plan_during(&plan, || host.flip_in(part, &shadow, &out));
     if let Err(stop) = stopped {
         out = out.minus(&stop.moved);
-        flip_in(&host, part, &shadow, &out);
+        flip_in(host, part, &shadow, &out);
     }
     assert_eq!(host.present(part), there);
     verify_pages(part, &there);
