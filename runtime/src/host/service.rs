@@ -24,7 +24,7 @@
 //! 3. While any event is unread, every flip answers EAGAIN. Whoever gets that puts the fault back, so that the next
 //!    read comes first. No thread waits for a lock while it reads, except for a range's own, in an event. Its
 //!    holder may wait for the reader with it: in an mremap of usvm's own, where pages cannot be moved otherwise, or for a
-//!    page of the program that it touches ([`super::touched`]). So the reader reads on while it waits, serves such faults
+//!    page of the program that it touches (`touched`). So the reader reads on while it waits, serves such faults
 //!    at once, and handles the rest when its turn comes.
 //! 4. [`Service::barrier`] returns when every event queued before the call was handled. A device access begins with it.
 //!
