@@ -43,14 +43,16 @@ skip() { echo "skipped: $*"; exit 77; }
 
 # How a program is started in mode $1.
 prefix() {
+    # What runs in the background of a script ignores SIGINT.
+    clean="env --default-signal=INT,QUIT"
     stats="USVM_STATS_FILE=$WORK/$name/stats/%p"
     case $1 in
-        off) echo "env" ;;
-        on) echo "env LD_PRELOAD=$LIB" ;;
-        chaos) echo "env LD_PRELOAD=$LIB USVM_CHAOS=$RATE,$SEED $stats" ;;
-        heap) echo "env LD_PRELOAD=$HEAP:$LIB USVM_HEAP=1" ;;
-        heapchaos) echo "env LD_PRELOAD=$HEAP:$LIB USVM_HEAP=1 USVM_CHAOS=$RATE,$SEED $stats" ;;
-        mimalloc) echo "env LD_PRELOAD=$MIMALLOC" ;;
+        off) echo "$clean" ;;
+        on) echo "$clean LD_PRELOAD=$LIB" ;;
+        chaos) echo "$clean LD_PRELOAD=$LIB USVM_CHAOS=$RATE,$SEED $stats" ;;
+        heap) echo "$clean LD_PRELOAD=$HEAP:$LIB USVM_HEAP=1" ;;
+        heapchaos) echo "$clean LD_PRELOAD=$HEAP:$LIB USVM_HEAP=1 USVM_CHAOS=$RATE,$SEED $stats" ;;
+        mimalloc) echo "$clean LD_PRELOAD=$MIMALLOC" ;;
     esac
 }
 

@@ -3,15 +3,16 @@
 //! # Overview
 //! Daemons and sandboxes close every descriptor there may be, or put another one in its place. For the program usvm's
 //! descriptors do not exist: closing one is EBADF and so is fstat, by which programs look what is open; ranges are closed
-//! around them, and duplicating onto one is EBUSY.
+//! around them, duplicating onto one is EBUSY, and readdir leaves them out of /proc/self/fd.
 //!
 //! # Limits
-//! /proc/self/fd lists them. A program that makes these system calls itself reaches them.
+//! A program that makes these system calls itself reaches them, and scandir(3) lists them. Other processes see them.
 //!
 //! # Safety
-//! Only passes arguments on.
+//! Only passes arguments on. A directory entry is looked at before the caller gets it; it stays until the next readdir.
 
-use std::ffi::{c_int, c_uint, c_void};
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::io::Write as _;
 
 use usvm::ground::alloc;
 use usvm::ground::fds::{self, PLACES};
@@ -33,7 +34,16 @@ static FSTAT: Next<unsafe extern "C" fn(c_int, *mut c_void) -> c_int> = unsafe {
 // SAFETY: as above.
 static FSTAT64: Next<unsafe extern "C" fn(c_int, *mut c_void) -> c_int> = unsafe { Next::new(c"fstat64") };
 
+// SAFETY: as above.
+static READDIR: Next<unsafe extern "C" fn(*mut libc::DIR) -> *mut libc::dirent> =
+    unsafe { Next::new(c"readdir") };
+// SAFETY: as above.
+static READDIR64: Next<unsafe extern "C" fn(*mut libc::DIR) -> *mut libc::dirent64> =
+    unsafe { Next::new(c"readdir64") };
+
 pub(crate) fn look_up() {
+    READDIR.look_up();
+    READDIR64.look_up();
     FSTAT.look_up();
     FSTAT64.look_up();
     CLOSE.look_up();
@@ -140,4 +150,61 @@ pub unsafe extern "C" fn closefrom(low: c_int) {
         // SAFETY: what the caller asked for; most are not open.
         unsafe { close(fd as c_int) };
     }
+}
+
+/// readdir(3).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn readdir(dir: *mut libc::DIR) -> *mut libc::dirent {
+    loop {
+        // SAFETY: the caller's; an entry is valid until the next call.
+        unsafe {
+            let entry = READDIR.get()(dir);
+            if entry.is_null() || !is_own(dir, &raw const (*entry).d_name) {
+                return entry;
+            }
+        }
+    }
+}
+
+/// readdir(3), by its other name.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn readdir64(dir: *mut libc::DIR) -> *mut libc::dirent64 {
+    loop {
+        // SAFETY: as above.
+        unsafe {
+            let entry = READDIR64.get()(dir);
+            if entry.is_null() || !is_own(dir, &raw const (*entry).d_name) {
+                return entry;
+            }
+        }
+    }
+}
+
+/// Whether an entry named `name` of `dir` is one of usvm's descriptors in /proc/self/fd or fdinfo.
+///
+/// # Safety
+/// An open directory and a string that ends with a zero.
+unsafe fn is_own(dir: *mut libc::DIR, name: *const [c_char; 256]) -> bool {
+    if !fds::any_kept() || alloc::is_internal() {
+        return false;
+    }
+    // SAFETY: the caller's.
+    let (name, dir) = unsafe { (CStr::from_ptr(name.cast()), libc::dirfd(dir)) };
+    let number = name.to_str().ok().and_then(|name| name.parse().ok());
+    number.is_some_and(fds::is_kept) && lists_descriptors(dir)
+}
+
+/// Whether `dir` lists this process's descriptors.
+fn lists_descriptors(dir: c_int) -> bool {
+    // Nothing here may allocate: the caller may be inside its malloc.
+    let (mut link, mut place, mut own) = ([0u8; 48], [0u8; 64], [0u8; 32]);
+    let asked = write!(&mut link[..47], "/proc/self/fd/{dir}").is_ok();
+    let mut rest = &mut own[..];
+    let written = write!(rest, "/proc/{}/", std::process::id()).map(|()| rest.len());
+    let (true, Ok(left)) = (asked, written) else { return false };
+    let own = &own[..32 - left];
+    // SAFETY: a path that ends with a zero, and a buffer of that length.
+    let len = unsafe { libc::readlink(link.as_ptr().cast(), place.as_mut_ptr().cast(), place.len()) };
+    let Some(place) = usize::try_from(len).ok().and_then(|len| place.get(..len)) else { return false };
+    place.starts_with(own) && (place.ends_with(b"/fd") || place.ends_with(b"/fdinfo"))
 }

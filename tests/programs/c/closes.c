@@ -1,5 +1,6 @@
 // Closes every descriptor there may be, in every way there is, as daemons do, and goes on computing.
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -17,10 +18,22 @@ static unsigned long work(unsigned long seed) {
     free(p);
     return sum;
 }
+
+// What /proc/self/fd lists, but for the descriptor that reads it.
+static void list(const char *where) {
+    DIR *dir = opendir(where);
+    for (struct dirent *e; (e = readdir(dir));)
+        if (e->d_name[0] != '.' && atoi(e->d_name) != dirfd(dir)) printf("%s ", e->d_name);
+    printf("in %s\n", where);
+    closedir(dir);
+}
+
 int main(void) {
     setvbuf(stdout, malloc(4096), _IOFBF, 4096);
     printf("%lx\n", work(1));
     for (int fd = 3; fd < 70000; fd++) close(fd);
+    list("/proc/self/fd");
+    list("/proc/self/fdinfo");
     printf("%lx\n", work(2));
     closefrom(3);
     printf("%lx\n", work(3));
