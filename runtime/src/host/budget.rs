@@ -7,18 +7,24 @@
 //! page cache counts as free, as the kernel reclaims it first.
 //!
 //! # Locking
-//! None; every call reads the files anew (tens of microseconds), so ask seldom.
+//! None; every call reads the files anew (tens of microseconds), so ask seldom. They stay open: a file opened for a
+//! moment would take the number that the program is about to get for one of its own.
 //!
 //! # Limits
-//! A limit that cannot be read is taken as absent. Swap is not counted on.
+//! A limit that cannot be read is taken as absent. Swap is not counted on. The innermost [`MOST_GROUPS`] groups count.
 
+use crate::ground::fds::Kept;
 use crate::ground::inject::{self, Call};
+use rustix::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 /// Share of the total that stays free: one part in this many.
 const RESERVE_PART: u64 = 16;
 /// The reserve is at most this.
 const RESERVE_MAX: u64 = 1 << 30;
+
+/// Groups whose files are kept open.
+const MOST_GROUPS: usize = 8;
 
 /// How scarce host memory is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -55,12 +61,50 @@ impl Room {
 }
 
 /// The reader of limits.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Budget {
-    /// `/`, or a copy for tests.
-    root: PathBuf,
-    /// Folders of the memory cgroups around this process, innermost first, with the names of their files.
-    groups: Vec<(PathBuf, &'static Files)>,
+    /// /proc/meminfo.
+    machine: Option<File>,
+    /// The memory cgroups around this process, innermost first.
+    groups: Vec<Group>,
+}
+
+/// A small file of the kernel's, open.
+#[derive(Debug)]
+struct File(Kept);
+
+impl File {
+    fn open(path: &Path) -> Option<Self> {
+        inject::check(Call::Open).ok()?;
+        let file = std::fs::File::open(path).ok()?;
+        Some(Self(Kept::new(OwnedFd::from(file))))
+    }
+
+    /// What it says now; of a long file the beginning.
+    fn read(&self) -> Option<String> {
+        let mut text = vec![0; 8192];
+        let mut len = 0;
+        while len < text.len() {
+            match rustix::io::pread(&self.0, &mut text[len..], len as u64) {
+                Ok(0) => break,
+                Ok(read) => len += read,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(_) => return None,
+            }
+        }
+        text.truncate(len);
+        String::from_utf8(text).ok()
+    }
+}
+
+/// One cgroup's files.
+#[derive(Debug)]
+struct Group {
+    limit: Option<File>,
+    usage: Option<File>,
+    stat: Option<File>,
+    /// Line of memory.stat that counts what is reclaimed first.
+    inactive: &'static str,
 }
 
 /// Names of a cgroup's files.
@@ -90,7 +134,14 @@ impl Budget {
 
     fn with_root(root: &Path) -> Self {
         let groups = groups(root).unwrap_or_default();
-        Self { root: root.to_owned(), groups }
+        Self {
+            machine: File::open(&root.join("proc/meminfo")),
+            groups: groups
+                .iter()
+                .take(MOST_GROUPS)
+                .map(|(folder, files)| Group::open(folder, files))
+                .collect(),
+        }
     }
 
     /// Bytes of retained pages that may be kept in all, when `retained` bytes are kept now.
@@ -106,8 +157,8 @@ impl Budget {
 
     /// Every limit that can be read: the machine's, then those of the cgroups around this process, innermost first.
     pub fn rooms(&self) -> Vec<Room> {
-        let groups = self.groups.iter().filter_map(|(folder, files)| group(folder, files));
-        machine(&self.root).into_iter().chain(groups).collect()
+        let machine = self.machine.as_ref().and_then(machine);
+        machine.into_iter().chain(self.groups.iter().filter_map(Group::room)).collect()
     }
 }
 
@@ -116,8 +167,8 @@ fn read(path: &Path) -> Option<String> {
     std::fs::read_to_string(path).ok()
 }
 
-fn machine(root: &Path) -> Option<Room> {
-    let text = read(&root.join("proc/meminfo"))?;
+fn machine(meminfo: &File) -> Option<Room> {
+    let text = meminfo.read()?;
     let kib = |name: &str| {
         let line = text.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(':'))?;
         Some(line.split_ascii_whitespace().next()?.parse::<u64>().ok()? << 10)
@@ -125,18 +176,29 @@ fn machine(root: &Path) -> Option<Room> {
     Some(Room { total: kib("MemTotal")?, free: kib("MemAvailable")? })
 }
 
-fn group(folder: &Path, files: &Files) -> Option<Room> {
-    let number = |name: &str| read(&folder.join(name))?.trim().parse::<u64>().ok();
-    // "max" is no number, and v1 says "no limit" with one near 2^63.
-    let total = number(files.limit).filter(|l| *l < 1 << 60)?;
-    let usage = number(files.usage)?;
-    let inactive = read(&folder.join("memory.stat"))
-        .and_then(|text| {
-            let line = text.lines().find_map(|l| l.strip_prefix(files.inactive)?.strip_prefix(' '))?;
+impl Group {
+    fn open(folder: &Path, files: &Files) -> Self {
+        let open = |name: &str| File::open(&folder.join(name));
+        Self {
+            limit: open(files.limit),
+            usage: open(files.usage),
+            stat: open("memory.stat"),
+            inactive: files.inactive,
+        }
+    }
+
+    fn room(&self) -> Option<Room> {
+        let number = |file: &Option<File>| file.as_ref()?.read()?.trim().parse::<u64>().ok();
+        // "max" is no number, and v1 says "no limit" with one near 2^63.
+        let total = number(&self.limit).filter(|l| *l < 1 << 60)?;
+        let usage = number(&self.usage)?;
+        let inactive = self.stat.as_ref().and_then(|stat| {
+            let text = stat.read()?;
+            let line = text.lines().find_map(|l| l.strip_prefix(self.inactive)?.strip_prefix(' '))?;
             line.trim().parse().ok()
-        })
-        .unwrap_or(0);
-    Some(Room { total, free: total.saturating_sub(usage.saturating_sub(inactive)) })
+        });
+        Some(Room { total, free: total.saturating_sub(usage.saturating_sub(inactive.unwrap_or(0))) })
+    }
 }
 
 /// The memory cgroups around this process, innermost first.
@@ -186,6 +248,7 @@ fn mount_of(mountinfo: &str, kind: &str, option: &str) -> Option<(String, String
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::fd::{AsFd, AsRawFd};
     use std::fs;
 
     const MIB: u64 = 1 << 20;
@@ -272,6 +335,8 @@ mod tests {
         let budget = Budget::new();
         let now = budget.allowed_retained(0);
         assert!(budget.allowed_retained(MIB) >= now);
-        assert!(machine(Path::new("/")).is_some_and(|m| m.total > 0 && m.free <= m.total));
+        assert!(budget.rooms()[0].total > 0 && budget.rooms()[0].free <= budget.rooms()[0].total);
+        let mine = |file: &File| crate::ground::fds::is_kept(file.0.as_fd().as_raw_fd());
+        assert!(budget.machine.as_ref().is_some_and(mine), "it is out of the program's way");
     }
 }

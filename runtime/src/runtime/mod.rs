@@ -411,13 +411,12 @@ impl Inner {
         if let Err(e) = self.svm.collect_garbage() {
             tracing::debug!("garbage stays for now: {e}");
         }
-        let allowed = self
-            .config
-            .retained
-            .unwrap_or(u64::MAX)
-            .min(self.host.allowed_retained(self.svm.mover.retained_bytes()));
-        if self.svm.mover.retained_bytes() > allowed {
-            self.svm.shrink(allowed);
+        let retained = self.svm.mover.retained_bytes();
+        if retained > 0 {
+            let allowed = self.config.retained.unwrap_or(u64::MAX).min(self.host.allowed_retained(retained));
+            if self.svm.mover.retained_bytes() > allowed {
+                self.svm.shrink(allowed);
+            }
         }
         self.host.keep_pool();
     }

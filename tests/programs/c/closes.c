@@ -42,6 +42,14 @@ int main(void) {
     // What is closed is gone: the lowest numbers are free.
     int a = open("/dev/null", O_RDONLY), b = dup(a);
     printf("%d %d\n", a, b);
+    // And stay free: nobody opens anything for a moment.
+    int others = 0;
+    for (int i = 0; i < 20000; i++) {
+        int c = open("/dev/null", O_RDONLY);
+        others += c != b + 1;
+        close(c);
+    }
+    printf("%d times another number\n", others);
     // Over every number up to 200 another one.
     for (int fd = 10; fd < 200; fd++) if (dup2(a, fd) != fd) printf("dup2 %d: %s\n", fd, strerror(errno));
     printf("%lx\n", work(5));
