@@ -11,7 +11,7 @@
 //! moment would take the number that the program is about to get for one of its own.
 //!
 //! # Limits
-//! A limit that cannot be read is taken as absent. Swap is not counted on. The innermost [`MOST_GROUPS`] groups count.
+//! A limit that cannot be read is taken as absent. Swap is not counted on. The innermost 8 groups count.
 
 use crate::ground::fds::Kept;
 use crate::ground::inject::{self, Call};
