@@ -76,7 +76,7 @@ once() {
     code=$?
     kill $guard 2>/dev/null
     wait $guard 2>/dev/null
-    seconds=$(echo "$begin $(date +%s%N)" | awk '{ printf "%.2f", ($2 - $1) / 1e9 }')
+    seconds=$(echo "$begin $(date +%s%N)" | awk '{ printf "%.3f", ($2 - $1) / 1e9 }')
     return $code
 }
 
@@ -134,7 +134,7 @@ bench() {
             { time[$1, $2] = $3; if ($1 > n) n = $1 }
             END { for (i = 1; i <= n; i++) { x[i] = time[i, a]; y[i] = time[i, b]; r[i] = y[i] / x[i] }
                   order(x, n); order(y, n); order(r, n)
-                  printf "%-24s %9.2fs %9.2fs %9.2fs %9.2fs %8.3f %6d\n", name, at(x, n, .5), at(x, n, .9), at(y, n, .5), at(y, n, .9), at(r, n, .5), n }' "$WORK/$name.times"
+                  printf "%-24s %9.3fs %9.3fs %9.3fs %9.3fs %8.3f %6d\n", name, at(x, n, .5), at(x, n, .9), at(y, n, .5), at(y, n, .9), at(r, n, .5), n }' "$WORK/$name.times"
     done
 }
 
