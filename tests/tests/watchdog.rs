@@ -259,3 +259,54 @@ fn a_lost_device_and_a_shutdown_before_anyone_looks() {
     assert!(load_gets_sigbus(written.at));
     only_read.check(3);
 }
+
+/// Makes every fault wait until it is told.
+#[derive(Debug)]
+struct Slow {
+    served: std::sync::atomic::AtomicUsize,
+    go_on: AtomicBool,
+}
+
+impl usvm::policy::Policy for Slow {
+    fn name(&self) -> &'static str {
+        "slow"
+    }
+
+    fn gpu_access(&self, _: &usvm::space::ports::Facts<'_>) -> usvm::space::ports::Placement {
+        usvm::space::ports::Placement::Migrate
+    }
+
+    fn cpu_fault(&self, _: &usvm::space::ports::Facts<'_>) -> usvm::space::ports::Return {
+        self.served.fetch_add(1, SeqCst);
+        while !self.go_on.load(SeqCst) {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        usvm::space::ports::Return::Range
+    }
+}
+
+/// What they wait for may be the very event that nobody reads.
+#[test]
+fn events_are_read_while_all_fault_threads_wait() {
+    let _alone = alone("all wait", 40);
+    let runtime = runtime(Config::default(), &[16 << 20]);
+    let mem = Mem::filled(4 * M2, 1);
+    to_device(&runtime, &mem, 2);
+    let slow = std::sync::Arc::new(Slow { served: Default::default(), go_on: AtomicBool::new(false) });
+    let policy = slow.clone();
+    runtime.on_service_thread(move |svm| svm.mover.set_policy(policy)).unwrap();
+    std::thread::scope(|scope| {
+        let mem = &mem;
+        let readers: Vec<_> =
+            (0..2).map(|n| scope.spawn(move || mem.check_words(n * M2, M2, |i| value(2, i)))).collect();
+        while slow.served.load(SeqCst) < 2 {
+            std::thread::yield_now();
+        }
+        // Returns when its event was read.
+        // SAFETY: nothing refers to these pages.
+        assert_eq!(unsafe { libc::madvise(mem.ptr(3 * M2), M2 as usize, libc::MADV_DONTNEED) }, 0);
+        slow.go_on.store(true, SeqCst);
+        readers.into_iter().for_each(|reader| reader.join().unwrap());
+        mem.check_words(3 * M2, M2, |_| 0);
+    });
+}

@@ -59,6 +59,9 @@ use crate::space::svm::{Served, Svm, Wait};
 /// A yield that takes longer says that others want the processor.
 const CROWDED: Duration = Duration::from_micros(200);
 
+/// A fault that has waited so long for its turn was left lying.
+const LATE: Duration = Duration::from_millis(100);
+
 /// Faults whose threads are counted.
 const RECENT: usize = 16;
 
@@ -153,6 +156,8 @@ pub struct Service {
     processors: Vec<usize>,
     begun: AtomicU64,
     finished: AtomicU64,
+    /// `begun` when the watchdog looked.
+    looked_at: AtomicU64,
     stop: AtomicBool,
     on_fork: Box<OnFork>,
 }
@@ -180,6 +185,7 @@ impl Service {
             processors: if processors.len() <= workers && !spin.is_zero() { processors } else { Vec::new() },
             begun: AtomicU64::new(0),
             finished: AtomicU64::new(0),
+            looked_at: AtomicU64::new(u64::MAX),
             stop: AtomicBool::new(false),
             on_fork: Box::new(on_fork),
         }
@@ -417,6 +423,25 @@ impl Service {
                 target = target.min(self.begun.load(Ordering::Acquire));
             }
             std::thread::sleep(Duration::from_micros(20));
+        }
+    }
+
+    /// For the watchdog, now and then: where messages or faults have been left lying since it last looked, because every
+    /// service thread waits for something, it calls all of them and reads itself. What they wait for may be an event.
+    pub fn look_after(&self) {
+        let begun = self.begun.load(Ordering::Acquire);
+        let idle = self.looked_at.swap(begun, Ordering::AcqRel) == begun;
+        let unread = idle && self.host.channel().has_messages();
+        let late = |fault: &Fault| fault.not_before.elapsed() > LATE;
+        if !unread && !self.queue().iter().any(late) {
+            return;
+        }
+        tracing::debug!(unread, "the fault service was late");
+        self.company.store(true, Ordering::Relaxed);
+        self.ring();
+        self.host.channel().wake_reader();
+        if let Err(e) = self.read_in_turn() {
+            tracing::error!("the watchdog cannot read: {e}");
         }
     }
 
