@@ -12,6 +12,7 @@
 //! | `pagemap` | which pages are present, huge, written |
 //! | `shadow`, `pool` | where pages wait; huge pages made ready |
 //! | `flip`, `remap` | moves pages between application and shadow |
+//! | `touched` | what usvm's own threads touch at home, and may wait for |
 //! | [`service`] | answers faults and events |
 //! | [`fork`] | what happens around a fork |
 //! | [`budget`] | how much host memory may be retained |
