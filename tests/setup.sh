@@ -25,7 +25,7 @@ command -v redis-server >/dev/null 2>&1 || wanted="$wanted redis-server redis-to
 /usr/bin/python3 -c 'import numpy' >/dev/null 2>&1 || wanted="$wanted python3-numpy"
 python3 -c 'import ensurepip, venv' >/dev/null 2>&1 || wanted="$wanted python3-venv"
 # CPython's own tests.
-if ! sh -c '. tests/programs/real/python.inc && find_python' >/dev/null 2>&1; then
+if ! sh -c '. "$1" && find_python' sh "$(dirname "$0")/programs/real/python.inc" >/dev/null 2>&1; then
     version=$(/usr/bin/python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || echo 3.11)
     wanted="$wanted libpython$version-testsuite"
 fi

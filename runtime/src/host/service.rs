@@ -247,21 +247,18 @@ impl Service {
         self.bell.1.notify_all();
     }
 
-    /// Reads, unless another thread does: it takes what is there, and faults for everybody.
+    /// Reads, unless another thread does: that one takes what is there, and queues the faults for everybody.
     fn read_in_turn(&self) -> Result<()> {
-        let reading = match self.reader.try_lock() {
-            Ok(reading) => Some(reading),
-            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
-            Err(TryLockError::WouldBlock) => None,
-        };
-        match reading {
-            Some(mut company) if self.host.channel().has_messages() => self.read(&mut company),
-            Some(_) => Ok(()),
-            None => {
+        let mut company = match self.reader.try_lock() {
+            Ok(company) => company,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => {
                 std::thread::yield_now();
-                Ok(())
+                return Ok(());
             }
-        }
+        };
+        // Another thread may have read them. To look is cheaper than to read nothing, which stops flips.
+        if self.host.channel().has_messages() { self.read(&mut company) } else { Ok(()) }
     }
 
     fn unhandled(&self) -> MutexGuard<'_, VecDeque<Message>> {

@@ -3,10 +3,9 @@
 //! # Overview
 //! One thread wakes every [`PERIOD`]: it looks whether messages of the kernel are left lying, collects garbage, keeps
 //! retained pages within the host-memory budget, refills the pool of prepared pages, publishes the live page if somebody
-//! looks at it, and looks whether all of usvm's threads
-//! still live. If one does not, a program could wait for ever for the memory it served. Then usvm withdraws: everything
-//! comes home, userfaultfd lets go of all memory, and later calls get [`crate::ground::error::Error::NotRunning`]. What
-//! cannot come home answers SIGBUS, never zeroes.
+//! looks at it, and looks whether all of usvm's threads still live. If one does not, a program could wait for ever for
+//! the memory it served. Then usvm withdraws: everything comes home, userfaultfd lets go of all memory, and later calls
+//! get [`crate::ground::error::Error::NotRunning`]. What cannot come home answers SIGBUS, never zeroes.
 
 use std::sync::Weak;
 use std::time::Duration;
