@@ -85,6 +85,12 @@ impl<'a> Flip<'a> {
         Self { host, app, shadow: shadow.span, way, moved: PageMask::EMPTY, cleared: None }
     }
 
+    /// Copies to the application from any other place, which the kernel reads as it reads a system call's buffer.
+    fn copy_from(host: &'a Host, app: Span, from: u64) -> Self {
+        let shadow = Span::sized(from, app.len());
+        Self { host, app, shadow, way: Way::CopyIn, moved: PageMask::EMPTY, cleared: None }
+    }
+
     fn stop(&self, why: FlipError) -> FlipStop {
         FlipStop { moved: self.moved, why }
     }
@@ -275,6 +281,11 @@ impl Host {
     /// [`crate::space::ports::HostMemory::copy_in`].
     pub(super) fn copy_pages_in(&self, app: Span, shadow: &Shadow, pages: &PageMask) -> Result<(), FlipStop> {
         self.transfer_in(Flip::new(self, app, shadow, Way::CopyIn), pages)
+    }
+
+    /// [`crate::space::ports::HostMemory::fill`].
+    pub(super) fn fill_pages(&self, app: Span, from: u64, pages: &PageMask) -> Result<(), FlipStop> {
+        self.transfer_in(Flip::copy_from(self, app, from), pages)
     }
 
     fn transfer_in(&self, mut flip: Flip<'_>, pages: &PageMask) -> Result<(), FlipStop> {

@@ -219,6 +219,11 @@ impl Host {
         self.budget.allowed_retained(retained)
     }
 
+    /// Gives the kernel the pages of shadow places that were discarded ([`HostMemory::shadow_discard`]). Housekeeping.
+    pub fn empty_discarded(&self) {
+        self.shadow.empty_discarded(self.channel.uffd());
+    }
+
     /// Keeps the pool of prepared pages as full as host memory allows. For a background thread.
     pub fn keep_pool(&self) {
         if self.budget.pressure() != budget::Pressure::None {
@@ -438,6 +443,10 @@ impl HostMemory for Host {
         self.shadow.free(self.channel.uffd(), shadow);
     }
 
+    fn shadow_discard(&self, shadow: Shadow) {
+        self.shadow.discard(self.channel.uffd(), shadow);
+    }
+
     fn shadow_release(&self, shadow: &Shadow, pages: &PageMask) {
         for (first, count) in pages.runs() {
             let part = shadow.span.page_run(first, count);
@@ -484,6 +493,10 @@ impl HostMemory for Host {
         self.stats.flip_fallbacks.fetch_add(1, Relaxed);
         let result = self.copy_pages_in(app, shadow, pages);
         self.count_in(pages, result)
+    }
+
+    fn fill(&self, app: Span, from: u64, pages: &PageMask) -> std::result::Result<(), FlipStop> {
+        self.fill_pages(app, from, pages).map_err(|stop| self.count_stop(stop))
     }
 
     fn unshare(&self, app: Span, pages: &PageMask) {

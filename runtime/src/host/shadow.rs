@@ -40,6 +40,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// The first arena, and the smallest that is tried before giving up.
 const ARENA_FIRST: u64 = 64 << 20;
 const ARENA_MIN: u64 = SZ_2M;
+/// Discarded slots are emptied when a slot is wanted and they are this many bytes, and in any case when they are this
+/// many.
+const EMPTIED_TOGETHER: u64 = SZ_2M;
+const DISCARDED_MOST: u64 = 32 << 20;
 /// Slot sizes: 4 KiB << 0 … 4 KiB << 9.
 const CLASSES: usize = 10;
 
@@ -72,6 +76,9 @@ struct Books {
     partial: [BTreeSet<u64>; CLASSES],
     /// Slots given back that could not be emptied.
     stuck: Vec<Span>,
+    /// Slots given back that still have to be emptied, and how many bytes they are.
+    discarded: Vec<Span>,
+    discarded_bytes: u64,
 }
 
 /// Which arenas a slot comes from.
@@ -187,6 +194,11 @@ impl ShadowArea {
             reason: format!("a shadow slot is a power of two from 4 KiB to 2 MiB long, not {len} bytes"),
         })?;
         let mut books = self.books();
+        if books.discarded_bytes >= EMPTIED_TOGETHER {
+            drop(books);
+            self.empty_discarded(uffd);
+            books = self.books();
+        }
         let start = match books.take(class) {
             Some(start) => start,
             None => {
@@ -203,6 +215,42 @@ impl ShadowArea {
         let stuck = self.books().stuck.pop();
         if let Some(span) = stuck {
             self.empty(uffd, span);
+        }
+    }
+
+    /// Takes back a slot and returns its pages to the kernel later, together with others: each time costs three system
+    /// calls and a flush of every processor's TLB. At the latest [`ShadowArea::empty_discarded`] does it.
+    pub(super) fn discard(&self, uffd: BorrowedFd<'_>, shadow: Shadow) {
+        if self.filled == Filled::ByRemap {
+            return self.free(uffd, shadow);
+        }
+        let mut books = self.books();
+        books.discarded_bytes += shadow.span.len();
+        books.discarded.push(shadow.span);
+        if books.discarded_bytes >= DISCARDED_MOST {
+            drop(books);
+            self.empty_discarded(uffd);
+        }
+    }
+
+    /// Empties the slots that were discarded, neighbours at once.
+    pub(super) fn empty_discarded(&self, uffd: BorrowedFd<'_>) {
+        let mut slots = {
+            let mut books = self.books();
+            books.discarded_bytes = 0;
+            std::mem::take(&mut books.discarded)
+        };
+        slots.sort_unstable_by_key(|slot| slot.start);
+        for run in slots.chunk_by(|a, b| a.end == b.start) {
+            let all = Span::new(run[0].start, run[run.len() - 1].end);
+            match self.release(uffd, all) {
+                Ok(()) => {
+                    let mut books = self.books();
+                    run.iter().for_each(|slot| books.give(*slot));
+                }
+                // One by one, so that only those are set aside that cannot be emptied.
+                Err(_) => run.iter().for_each(|slot| self.empty(uffd, *slot)),
+            }
         }
     }
 

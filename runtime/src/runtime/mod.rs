@@ -418,6 +418,7 @@ impl Inner {
                 self.svm.shrink(allowed);
             }
         }
+        self.host.empty_discarded();
         self.host.keep_pool();
     }
 

@@ -35,6 +35,9 @@ pub type Range = SpaceRange<Residency>;
 /// How soon after its arrival a return counts as thrashing, and an arrival after a return.
 const THRASH_WINDOW: Duration = Duration::from_millis(5);
 
+/// Pages that a copy into fresh ones brings home sooner than a flip: the flip has every other processor flush its TLB.
+const FEW: usize = (SZ_64K / SZ_4K) as usize;
+
 /// One device and the order in which its memory was used.
 pub(crate) struct Place {
     pub(crate) device: Arc<dyn Device>,
@@ -328,6 +331,11 @@ impl Mover {
     fn to_host_steps(&self, range: &Arc<Range>, m: &mut Moved, pages: &PageMask, cause: Cause) -> Result<()> {
         let span = range.span();
         let started = Instant::now();
+        if let Some(copied) = self.fill(span, m, pages)? {
+            self.note_return(m, &copied);
+            self.observer.migrated(Direction::ToHost, cause, span, bytes(&copied), 0, m.device, started);
+            return Ok(());
+        }
         let from_vram = m.vram.and(pages);
         if !from_vram.is_empty() {
             let clean = bytes(&from_vram.and(&m.fresh));
@@ -340,6 +348,47 @@ impl Mover {
         }
         let landing = m.strayed.and(pages);
         self.land(span, span, m, &landing)
+    }
+
+    /// Brings a small range home whole by copying from device memory straight into fresh pages, and gives those. `None`
+    /// when that is not the way: the range is larger, or only a part comes, or the device wrote nothing and retained pages
+    /// can go back as they are, or some page waits in the shadow already, or the device's memory is slow to read.
+    ///
+    /// An error leaves what did not arrive where it was. Pages that were all zero and never had memory stay holes.
+    fn fill(&self, span: Span, m: &mut Moved, pages: &PageMask) -> Result<Option<PageMask>> {
+        let whole = m.vram.minus(pages).is_empty() && m.strayed.is_empty() && m.leaving.is_empty();
+        let (true, Some(bo)) = (whole && span.pages() <= FEW, &m.bo) else { return Ok(None) };
+        let dev = self.device(m.device);
+        let mut coming = m.vram;
+        for (first, count) in m.vram.minus(&m.retained).runs() {
+            for page in first..first + count {
+                if dev.is_zero(bo, page as u64 * SZ_4K, SZ_4K) {
+                    coming.clear(page);
+                }
+            }
+        }
+        if coming.minus(&m.fresh).is_empty() {
+            return Ok(None);
+        }
+        let Some(from) = dev.lend(bo, bytes(&coming)) else { return Ok(None) };
+        if let Err(stop) = self.host.fill(span, from, &coming) {
+            // Their old pages would be in the way of the next flip.
+            let stale = m.forget(&stop.moved);
+            if let Some(shadow) = &m.shadow {
+                self.host.shadow_release(shadow, &stale);
+            }
+            return match stop.why {
+                FlipError::Again | FlipError::NoMemory => Err(stop.why.to_error(span)),
+                _ => Ok(None),
+            };
+        }
+        m.vram = PageMask::EMPTY;
+        m.fresh = PageMask::EMPTY;
+        m.retained = PageMask::EMPTY;
+        if let Some(shadow) = m.shadow.take() {
+            self.host.shadow_discard(shadow);
+        }
+        Ok(Some(coming))
     }
 
     fn note_return(&self, m: &mut Moved, pages: &PageMask) {

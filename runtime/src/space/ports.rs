@@ -131,6 +131,9 @@ pub trait HostMemory: AddressSpace {
     /// Gives a shadow place back; pages still in it are returned to the kernel, never to another range.
     fn shadow_free(&self, shadow: Shadow);
 
+    /// As [`HostMemory::shadow_free`], but soon and together with others: for a place with pages that nobody needs.
+    fn shadow_discard(&self, shadow: Shadow);
+
     /// Returns the `pages` of `shadow` to the kernel; the place stays.
     fn shadow_release(&self, shadow: &Shadow, pages: &PageMask);
 
@@ -152,6 +155,10 @@ pub trait HostMemory: AddressSpace {
 
     /// Copies the `pages` of `shadow` into holes of `app` (UFFDIO_COPY): where a flip cannot go, slower.
     fn copy_in(&self, app: Span, shadow: &Shadow, pages: &PageMask) -> std::result::Result<(), FlipStop>;
+
+    /// Copies the `pages` of the memory at `from`, laid out as `app`, into holes of `app` (UFFDIO_COPY) and wakes the
+    /// waiters.
+    fn fill(&self, app: Span, from: u64, pages: &PageMask) -> std::result::Result<(), FlipStop>;
 
     /// Gives pages that a live child shares copy-on-write to this process alone, so that they can flip.
     fn unshare(&self, app: Span, pages: &PageMask);
@@ -265,6 +272,14 @@ pub trait Device: Send + Sync {
 
     /// Copies `len` bytes at `at` of `bo` to `at` of `shadow`.
     fn download(&self, bo: &Bo, shadow: &Shadow, at: u64, len: u64) -> Result<()>;
+
+    /// Where this process can read all of `bo` as fast as its own memory, for a caller that copies `len` bytes from
+    /// there before the block is freed; they count as downloaded. `None` where it cannot, or reads slowly (memory behind
+    /// a bus that the processor does not cache).
+    fn lend(&self, bo: &Bo, len: u64) -> Option<u64> {
+        let _ = (bo, len);
+        None
+    }
 
     /// Zeroes `len` bytes at `at` of `bo`.
     fn clear(&self, bo: &Bo, at: u64, len: u64) -> Result<()>;

@@ -17,6 +17,12 @@ use crate::ground::error::{Error, Result};
 /// Where shadows begin, far from what the tests map.
 const SHADOWS: u64 = 1 << 40;
 
+/// Where a device's memory is lent.
+const LENT: u64 = 1 << 41;
+
+/// How many pages of it are remembered.
+const LENDS: usize = 1 << 12;
+
 /// A reproducible source of decisions.
 #[derive(Debug)]
 pub struct Dice(u64);
@@ -111,6 +117,8 @@ struct Kernel {
     book: BTreeSet<u64>,
     slots: BTreeMap<u64, Slot>,
     next_slot: u64,
+    /// Device memory that was lent last.
+    lent: BTreeMap<u64, u64>,
     /// Events nobody read yet: no page moves.
     unread: u32,
     dice: Dice,
@@ -210,6 +218,7 @@ impl FakeHost {
             book: BTreeSet::new(),
             slots: BTreeMap::new(),
             next_slot: SHADOWS,
+            lent: BTreeMap::new(),
             unread: 0,
             dice: Dice::new(seed),
             stop_every: 0,
@@ -464,6 +473,10 @@ impl HostMemory for FakeHost {
         k.slots.remove(&shadow.span.start);
     }
 
+    fn shadow_discard(&self, shadow: Shadow) {
+        self.shadow_free(shadow);
+    }
+
     fn shadow_release(&self, shadow: &Shadow, pages: &PageMask) {
         self.kernel().slot(shadow).pages.retain(|page, _| !pages.get(*page as usize));
     }
@@ -514,11 +527,17 @@ impl HostMemory for FakeHost {
     }
 
     fn flip_in(&self, app: Span, shadow: &Shadow, pages: &PageMask) -> StdResult<(), FlipStop> {
-        self.arrive(app, shadow, pages, true)
+        assert_eq!(app.len(), shadow.span.len());
+        self.arrive(app, pages, true, |k, page| k.slot(shadow).pages.remove(&page))
     }
 
     fn copy_in(&self, app: Span, shadow: &Shadow, pages: &PageMask) -> StdResult<(), FlipStop> {
-        self.arrive(app, shadow, pages, false)
+        assert_eq!(app.len(), shadow.span.len());
+        self.arrive(app, pages, false, |k, page| k.slot(shadow).pages.get(&page).copied())
+    }
+
+    fn fill(&self, app: Span, from: u64, pages: &PageMask) -> StdResult<(), FlipStop> {
+        self.arrive(app, pages, false, |k, page| k.lent.get(&(from + page * SZ_4K)).copied())
     }
 
     fn unshare(&self, _app: Span, _pages: &PageMask) {}
@@ -588,9 +607,15 @@ impl HostMemory for FakeHost {
 }
 
 impl FakeHost {
-    fn arrive(&self, app: Span, shadow: &Shadow, pages: &PageMask, flip: bool) -> StdResult<(), FlipStop> {
+    /// Pages arrive at `app`, each as `source` gives it.
+    fn arrive(
+        &self,
+        app: Span,
+        pages: &PageMask,
+        flip: bool,
+        source: impl Fn(&mut Kernel, u64) -> Option<u64>,
+    ) -> StdResult<(), FlipStop> {
         let mut k = self.kernel();
-        assert_eq!(app.len(), shadow.span.len());
         let list = addresses(app, pages);
         let plan =
             k.plan(list.len(), &[FlipError::Again, FlipError::Again, FlipError::Busy, FlipError::NoMemory]);
@@ -601,14 +626,10 @@ impl FakeHost {
             {
                 return Err(FlipStop { moved, why });
             }
-            let value =
-                *k.slot(shadow).pages.get(&(*page as u64)).expect("a page that arrives is in the shadow");
             if let Some(why) = k.refuses(*addr, flip) {
                 return Err(FlipStop { moved, why });
             }
-            if flip {
-                k.slot(shadow).pages.remove(&(*page as u64));
-            }
+            let value = source(&mut k, *page as u64).expect("a page that arrives has a source");
             k.pages.insert(*addr, Page { value, written: true });
             moved.set(*page);
         }
@@ -809,6 +830,23 @@ impl Device for FakeDevice {
             card.memory.insert(bo.offset + offset, 0);
         }
         Ok(())
+    }
+
+    fn lend(&self, bo: &Bo, _len: u64) -> Option<u64> {
+        let card = self.alive(bo, 0, bo.len).ok()?;
+        let mut host = self.host.kernel();
+        if host.dice.roll(4) == 0 {
+            return None;
+        }
+        let from = host.lent.keys().next_back().map_or(LENT, |last| last + SZ_4K);
+        for offset in pages_of(Span::sized(0, bo.len)) {
+            let value = card.memory.get(&(bo.offset + offset)).copied();
+            host.lent.insert(from + offset, value.unwrap_or(card.garbage));
+        }
+        while host.lent.len() > LENDS {
+            host.lent.pop_first();
+        }
+        Some(from)
     }
 
     fn is_zero(&self, bo: &Bo, at: u64, len: u64) -> bool {

@@ -295,6 +295,11 @@ impl<'a> Window<'a> {
         }
     }
 
+    /// Where it is in this process.
+    pub(super) fn address(&self) -> u64 {
+        self.base.addr() as u64
+    }
+
     /// Whether every byte of the window is zero.
     pub(super) fn is_zero(&self) -> bool {
         // SAFETY: exactly the window. Engines do not write what is unbound, and a racing store is seen or not.
