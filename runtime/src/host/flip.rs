@@ -283,7 +283,7 @@ impl Host {
         self.transfer_in(Flip::new(self, app, shadow, Way::CopyIn), pages)
     }
 
-    /// [`crate::space::ports::HostMemory::fill`].
+    /// [`crate::space::ports::HostMemory::fill_from`].
     pub(super) fn fill_pages(&self, app: Span, from: u64, pages: &PageMask) -> Result<(), FlipStop> {
         self.transfer_in(Flip::copy_from(self, app, from), pages)
     }

@@ -495,7 +495,7 @@ impl HostMemory for Host {
         self.count_in(pages, result)
     }
 
-    fn fill(&self, app: Span, from: u64, pages: &PageMask) -> std::result::Result<(), FlipStop> {
+    fn fill_from(&self, app: Span, from: u64, pages: &PageMask) -> std::result::Result<(), FlipStop> {
         self.fill_pages(app, from, pages).map_err(|stop| self.count_stop(stop))
     }
 

@@ -371,7 +371,7 @@ impl Mover {
             return Ok(None);
         }
         let Some(from) = dev.lend(bo, bytes(&coming)) else { return Ok(None) };
-        if let Err(stop) = self.host.fill(span, from, &coming) {
+        if let Err(stop) = self.host.fill_from(span, from, &coming) {
             // Their old pages would be in the way of the next flip.
             let stale = m.forget(&stop.moved);
             if let Some(shadow) = &m.shadow {

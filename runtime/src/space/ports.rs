@@ -158,7 +158,7 @@ pub trait HostMemory: AddressSpace {
 
     /// Copies the `pages` of the memory at `from`, laid out as `app`, into holes of `app` (UFFDIO_COPY) and wakes the
     /// waiters.
-    fn fill(&self, app: Span, from: u64, pages: &PageMask) -> std::result::Result<(), FlipStop>;
+    fn fill_from(&self, app: Span, from: u64, pages: &PageMask) -> std::result::Result<(), FlipStop>;
 
     /// Gives pages that a live child shares copy-on-write to this process alone, so that they can flip.
     fn unshare(&self, app: Span, pages: &PageMask);

@@ -536,7 +536,7 @@ impl HostMemory for FakeHost {
         self.arrive(app, pages, false, |k, page| k.slot(shadow).pages.get(&page).copied())
     }
 
-    fn fill(&self, app: Span, from: u64, pages: &PageMask) -> StdResult<(), FlipStop> {
+    fn fill_from(&self, app: Span, from: u64, pages: &PageMask) -> StdResult<(), FlipStop> {
         self.arrive(app, pages, false, |k, page| k.lent.get(&(from + page * SZ_4K)).copied())
     }
 

@@ -384,6 +384,58 @@ fn shadow_pages_never_come_back() {
 }
 
 #[test]
+fn copies_from_anywhere_fill_holes_and_stop_where_a_page_is() {
+    let _t = together();
+    let (area, source) = (Area::new(16 * SZ_4K, false), Area::small(16 * SZ_4K));
+    let host = host();
+    host.register(area.span).unwrap();
+    let pages = mask(&[(0, 1), (3, 9)]);
+    host.fill_from(area.span, source.span.start, &pages).unwrap();
+    assert_eq!(host.present(area.span), pages);
+    verify_pages(area.span, &pages);
+    verify(source.span);
+    assert_eq!(host.stats().flip_fallbacks.load(Ordering::Relaxed), 0, "it is no fallback");
+    let stop = host.fill_from(area.span, source.span.start, &mask(&[(1, 4)])).unwrap_err();
+    assert_eq!((stop.moved, stop.why), (mask(&[(1, 2)]), FlipError::Exists));
+}
+
+#[test]
+fn discarded_places_are_empty_when_they_are_given_out_again() {
+    let _t = together();
+    let area = Area::small(SZ_2M);
+    let host = host();
+    host.register(area.span).unwrap();
+    const SLOT: u64 = 16 * SZ_4K;
+    let parts: Vec<Span> = (0..32).map(|n| Span::sized(area.span.start + n * SLOT, SLOT)).collect();
+    let away = |part: &Span| {
+        let shadow = host.shadow_alloc(SLOT).unwrap();
+        assert!(host.present(shadow.span).is_empty(), "{} has somebody's pages", shadow.span);
+        assert_eq!(host.flip_out(*part, &shadow, &all(*part)).unwrap(), all(*part));
+        shadow
+    };
+    // The second time as much is discarded as is emptied together, and the same places come again.
+    let mut seen = std::collections::BTreeSet::new();
+    for _ in 0..2 {
+        let shadows: Vec<_> = parts.iter().map(away).collect();
+        for (part, shadow) in parts.iter().zip(shadows) {
+            seen.insert(shadow.span.start);
+            host.fill_from(*part, shadow.span.start, &all(*part)).unwrap();
+            host.shadow_discard(shadow);
+        }
+        verify(area.span);
+    }
+    assert_eq!(seen.len(), 32);
+    // Those that are few are emptied by housekeeping.
+    let shadow = away(&parts[0]);
+    let place = shadow.span;
+    host.shadow_discard(shadow);
+    assert_eq!(host.present(place), all(place), "not yet");
+    host.empty_discarded();
+    assert!(host.present(place).is_empty());
+    assert_eq!(host.shadow_stuck_bytes(), 0);
+}
+
+#[test]
 fn a_block_of_small_pages_takes_a_huge_page_afterwards() {
     let _t = together();
     let (small, huge) = (Area::small(SZ_2M), Area::huge());
