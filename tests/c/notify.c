@@ -360,28 +360,6 @@ static void many_threads(void) {
         pthread_join(threads[i], NULL);
 }
 
-/* The device has no right longer than the program, also where nobody watches. */
-static void protection_is_seen_at_once(int on_device) {
-    unsigned char *at = map(LEN);
-    memset(at, 1, LEN);
-    if (on_device)
-        OK(usvm_prefetch(space, at, LEN, DEVICE, NULL));
-    for (size_t part = 0; part < 2; part++) {
-        unsigned char *page = at + part * M2 + 4096 * 3;
-        OK(usvm_fill(space, at, 2, LEN));
-        errno = ERANGE;
-        CHECK(mprotect(page, 4096, PROT_READ) == 0 && errno == ERANGE);
-        CHECK(usvm_fill(space, page, 3, 1) != USVM_SUCCESS);
-        OK(usvm_fill(space, page + 4096, 4, 4096));
-        CHECK(usvm_fill(space, page, 3, 1) != USVM_SUCCESS);
-        CHECK(page[0] == 2 && page[4095] == 2 && page[-1] == 2 && page[4096] == 4);
-        CHECK(mprotect(page, 4096, PROT_READ | PROT_WRITE) == 0);
-        OK(usvm_fill(space, page, 3, 1));
-        CHECK(page[0] == 3 && page[1] == 2);
-    }
-    munmap(at, LEN);
-}
-
 /* Ends with its space, or with usvm. */
 static void ends_with_the_rest(void) {
     unsigned char *at = map(LEN);
@@ -415,8 +393,6 @@ int main(void) {
     callbacks_call_in();
     unregister_waits();
     many_threads();
-    protection_is_seen_at_once(0);
-    protection_is_seen_at_once(1);
     ends_with_the_rest();
     space = open_space("vram=64M"); /* a second life */
     before_the_pages_go(1);
