@@ -351,8 +351,8 @@ typedef struct usvm_notifier *usvm_notifier_t;
  *  - What the C library unmaps inside itself (free of a large block, a thread's stack) and direct system calls are seen
  *    only where a device used the memory, and told right after, on a thread of usvm.
  *  - usvm_free by itself changes nothing. When usvm's allocator gives pages back to the system, at once or some seconds
- *    later, or usvm_realloc moves those of a large block, that is told as DISCARD or REMAP right after, and only where a
- *    device used the memory.
+ *    later, or usvm_realloc moves those of a large block, that is told as DISCARD or REMAP after it was done, on a thread
+ *    of usvm, and before the function of the allocator in which it happened returns.
  *  - MIGRATE is told after the pages moved, on a thread of usvm; what is held by usvm_begin_access does not migrate.
  *  - All that was told late is told before the next usvm_begin_access, usvm_fence_wait or usvm_prefetch returns.
  *

@@ -27,6 +27,7 @@
 //! [`GlobalAlloc`] for [`Usvm`] only forwards.
 #![allow(unsafe_code)]
 
+pub mod changed;
 mod class;
 mod deferred;
 mod functions;

@@ -19,6 +19,7 @@
 //! Every address given out lies in a reservation made here, and is given out once: the cursor only moves forward.
 #![allow(unsafe_code)]
 
+use crate::changed;
 use std::ptr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -182,7 +183,11 @@ fn map(size: usize, protection: libc::c_int) -> Option<*mut u8> {
 /// The bytes belong to a span that the caller took, and nobody uses what they contain.
 pub(crate) unsafe fn drop_pages(at: *mut u8, size: usize) -> bool {
     // SAFETY: the caller's contract.
-    unsafe { advise(at, size, libc::MADV_DONTNEED) }
+    let dropped = unsafe { advise(at, size, libc::MADV_DONTNEED) };
+    if dropped {
+        changed::note(changed::Kind::Dropped, at, size);
+    }
+    dropped
 }
 
 /// madvise(2). False if the system refused.
@@ -203,5 +208,9 @@ pub(crate) unsafe fn move_pages(from: *mut u8, to: *mut u8, size: usize) -> bool
     // Without DONTUNMAP there would be a hole that somebody else's mapping could take.
     let how = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
     // SAFETY: the caller's contract.
-    unsafe { libc::syscall(libc::SYS_mremap, from, size, size, how, to) != -1 }
+    let moved = unsafe { libc::syscall(libc::SYS_mremap, from, size, size, how, to) != -1 };
+    if moved {
+        changed::note(changed::Kind::Moved, from, size);
+    }
+    moved
 }

@@ -4,8 +4,8 @@
 //! These are called often and need nothing but the heap, so they are not framed as the other calls are, and they may be
 //! called when usvm does not run. Blocks of 2 MiB or more are as long as whole huge pages, so that no range has two owners.
 //!
-//! The heap makes its system calls itself, past the watched functions: a callback would run inside `usvm_malloc` or
-//! `usvm_free`, with whatever locks their caller holds. Notifiers hear of what it drops or moves by the kernel's events.
+//! The heap makes its system calls itself, past the watched functions: a callback would run with the heap's locks held.
+//! What it dropped or moved is told when the function is over, and before it returns ([`settled`]).
 //!
 //! # Limits
 //! Threads of usvm do not come here: callbacks run on others.
@@ -17,14 +17,31 @@
 use std::ffi::c_void;
 use std::ptr::null_mut;
 
-use usvm_capi::heap_error::{ALIGNMENT, NO_MEMORY, TOO_MANY};
+use usvm_alloc::changed;
+use usvm_capi::heap_error::{ALIGNMENT, DROPPED, MOVED, NO_MEMORY, TOO_MANY};
 
 unsafe extern "C" {
     // By its C name, because the preload library may have it (see `usvm_capi::heap_error`).
     safe fn usvm_heap_error(what: u32, first: usize, second: usize);
+    safe fn usvm_heap_changed(reason: u32, at: usize, size: usize);
 }
 
 const HUGE: usize = 2 << 20;
+
+/// Gives `result` when notifiers were told of what the heap did on the way to it. Costs a load where it did nothing.
+#[inline]
+fn settled<T>(result: T) -> T {
+    if let Some(changes) = changed::take() {
+        for change in changes.iter() {
+            let reason = match change.kind {
+                changed::Kind::Dropped => DROPPED,
+                changed::Kind::Moved => MOVED,
+            };
+            usvm_heap_changed(reason, change.start, change.end - change.start);
+        }
+    }
+    result
+}
 
 fn fail(what: u32, first: usize, second: usize) -> *mut c_void {
     usvm_heap_error(what, first, second);
@@ -35,7 +52,7 @@ fn fail(what: u32, first: usize, second: usize) -> *mut c_void {
 fn whole(size: usize, make: impl FnOnce(usize) -> *mut c_void) -> *mut c_void {
     let shaped = if size < HUGE { Some(size) } else { size.checked_next_multiple_of(HUGE) };
     let block = shaped.map_or(null_mut(), make);
-    if block.is_null() { fail(NO_MEMORY, size, 0) } else { block }
+    if block.is_null() { fail(NO_MEMORY, size, 0) } else { settled(block) }
 }
 
 /// See the header.
@@ -82,7 +99,8 @@ pub extern "C" fn usvm_aligned_alloc(alignment: usize, size: usize) -> *mut c_vo
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn usvm_free(ptr: *mut c_void) {
     // SAFETY: the caller's.
-    unsafe { usvm_alloc::free(ptr) }
+    unsafe { usvm_alloc::free(ptr) };
+    settled(());
 }
 
 /// See the header.

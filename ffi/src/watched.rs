@@ -73,5 +73,5 @@ pub unsafe extern "C" fn madvise(addr: Address, len: usize, advice: c_int) -> c_
 pub unsafe extern "C" fn mprotect(addr: Address, len: usize, prot: c_int) -> c_int {
     // SAFETY: the caller's.
     let real = || unsafe { libc::syscall(libc::SYS_mprotect, addr, len, prot) };
-    interpose::mprotect(addr, len, real) as c_int
+    interpose::mprotect(addr, len, prot, real) as c_int
 }

@@ -21,6 +21,7 @@ pub use ground::config::Config;
 pub use ground::error::{Error, Result};
 pub use ground::sync::Fence;
 pub use observe::watch::Change;
-pub use runtime::{Access, Attributes, Bracket, Builder, Hint, Location, Need, Runtime};
+
+pub use runtime::{Access, Attributes, Bracket, Builder, Hint, Location, Need, Runtime, protection_changed};
 pub use space::ports::GpuAccess;
 pub use space::residency::Residence;

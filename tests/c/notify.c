@@ -208,35 +208,34 @@ static void behind_the_back(void) {
     munmap(other, 4096);
 }
 
-/* What usvm's allocator gives back or moves: told late, never inside its functions. */
-static void by_the_allocator(void) {
+/* What usvm's allocator gives back or moves: told before its function returns, on another thread. */
+static void by_the_allocator(int on_device) {
     unsigned char *block = usvm_malloc(LEN);
     CHECK(block != NULL);
     memset(block, 6, LEN);
     log_t log = {0};
     usvm_notifier_t notifier = watch(block, LEN, note, &log);
-    OK(usvm_prefetch(space, block, LEN, DEVICE, NULL));
+    if (on_device)
+        OK(usvm_prefetch(space, block, LEN, DEVICE, NULL));
     unsigned char *fence = usvm_malloc(LEN); /* behind it: it cannot grow in place */
+    CHECK(all_calls(&log) == 0);
+    errno = ERANGE;
     unsigned char *moved = usvm_realloc(block, 8 * LEN);
+    CHECK(errno == ERANGE && calls(&log, USVM_NOTIFY_REMAP) >= 1 && !pthread_equal(log.thread, pthread_self()));
     CHECK(fence && moved && moved != block && moved[0] == 6 && moved[LEN - 1] == 6);
-    unsigned char *other = map(4096);
-    *other = 1;
-    OK(usvm_prefetch(space, other, 4096, DEVICE, NULL));
-    CHECK(all_calls(&log) >= 1 && !pthread_equal(log.thread, pthread_self()));
     OK(usvm_notifier_unregister(notifier));
 
     memset(&log, 0, sizeof log);
     notifier = watch(moved, 8 * LEN, note, &log);
-    OK(usvm_prefetch(space, moved, 8 * LEN, DEVICE, NULL));
+    if (on_device)
+        OK(usvm_prefetch(space, moved, 8 * LEN, DEVICE, NULL));
     usvm_free(moved);
     usvm_free(fence);
     moved = usvm_calloc(8, LEN); /* the pages are exchanged for fresh ones by now */
-    CHECK(moved != NULL && moved[0] == 0 && moved[8 * LEN - 1] == 0);
-    OK(usvm_prefetch(space, other, 4096, DEVICE, NULL));
     CHECK(calls(&log, USVM_NOTIFY_DISCARD) >= 1 && !pthread_equal(log.thread, pthread_self()));
+    CHECK(moved != NULL && moved[0] == 0 && moved[8 * LEN - 1] == 0);
     usvm_free(moved);
     OK(usvm_notifier_unregister(notifier));
-    munmap(other, 4096);
 }
 
 /* A child made past the C library has its parent's notifiers in its memory, and tells nobody. */
@@ -388,7 +387,8 @@ int main(void) {
     remapping();
     migrating();
     behind_the_back();
-    by_the_allocator();
+    by_the_allocator(0);
+    by_the_allocator(1);
     a_child_without_handlers();
     callbacks_call_in();
     unregister_waits();

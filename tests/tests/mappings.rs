@@ -348,6 +348,55 @@ fn mprotect_read_and_back() {
     });
 }
 
+/// [`protect`], told to usvm.
+fn protect_told(rt: &Runtime, at: u64, len: u64, prot: i32) {
+    protect(at, len, prot);
+    rt.protection_changed(at, len).unwrap();
+}
+
+/// The device has the whole case mapped for writing when its part loses rights; nobody looks at it from the CPU.
+fn loses_rights(case: &Case<'_>) {
+    let [mut before, mut part, mut behind] = case.cut();
+    for piece in [&mut before, &mut part, &mut behind].into_iter().filter(|p| !p.is_empty()) {
+        device_xor(case.rt, piece.at, piece.len(), 0x5a).unwrap();
+        xor(&mut piece.bytes, 0x5a);
+    }
+    let (first, last) = (part.at, part.at + part.len() - 1);
+    protect_told(case.rt, part.at, part.len(), libc::PROT_READ);
+    for at in [last, first] {
+        let refused = device_xor(case.rt, at, 1, 1);
+        assert!(refused.is_err(), "{}: the device writes read-only memory at {at:#x}", case.what);
+    }
+    // The neighbours' mapping must not bring the right back.
+    for piece in [&mut before, &mut behind].into_iter().filter(|p| !p.is_empty()) {
+        device_xor(case.rt, piece.at, piece.len(), 0x33).unwrap();
+        xor(&mut piece.bytes, 0x33);
+        assert!(device_xor(case.rt, last, 1, 1).is_err(), "{}: writable by its neighbour", case.what);
+    }
+    let seen = device_read(case.rt, part.at, part.len()).unwrap();
+    same(&seen, &part.bytes, format_args!("{}: read-only, device", case.what));
+    protect_told(case.rt, part.at, part.len(), libc::PROT_NONE);
+    case.gone(part.at, part.len());
+    before.check(case.rt, &case.what);
+    behind.check(case.rt, &case.what);
+    case.gone(part.at, part.len());
+    protect_told(case.rt, part.at, part.len(), RW);
+    case.check(vec![part, before, behind]);
+}
+
+#[test]
+fn mprotect_takes_rights_from_the_device_at_once() {
+    every_case("mprotect_takes_rights_from_the_device_at_once", loses_rights);
+}
+
+#[test]
+fn mprotect_takes_rights_over_the_link_at_once() {
+    every_case("mprotect_takes_rights_over_the_link_at_once", |case| {
+        case.rt.set_policy("remote").unwrap();
+        loses_rights(case);
+    });
+}
+
 #[test]
 fn mprotect_exec() {
     every_case("mprotect_exec", |case| {

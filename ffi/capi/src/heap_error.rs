@@ -1,9 +1,9 @@
-//! Where the heap's functions say why they gave NULL.
+//! What the heap's functions say to the rest: why they gave NULL, and what they did to memory.
 //!
 //! # Overview
 //! A program that uses libusvm.so under the preload library has `usvm_malloc` of libusvm.so, and `usvm_last_error` of the
 //! preload library, each with a copy of this code. So libusvm's heap reports by a function with a C name, which the dynamic
-//! linker binds as it binds the program's `usvm_last_error`.
+//! linker binds as it binds the program's `usvm_last_error`; and tells notifiers, which that library has, in the same way.
 //!
 //! # Safety
 //! The function takes numbers only.
@@ -11,6 +11,7 @@
 
 use std::ffi::c_int;
 
+use crate::api::notify;
 use crate::api::result::{
     Failure, USVM_ERROR_INVALID_ARGUMENT, USVM_ERROR_OUT_OF_HOST_MEMORY, note, set_errno,
 };
@@ -21,6 +22,11 @@ pub const NO_MEMORY: u32 = 0;
 pub const TOO_MANY: u32 = 1;
 /// An alignment that is no power of two.
 pub const ALIGNMENT: u32 = 2;
+
+/// The heap gave pages back to the system.
+pub const DROPPED: u32 = 0;
+/// The heap moved pages elsewhere.
+pub const MOVED: u32 = 1;
 
 fn failure(what: u32, first: usize, second: usize) -> (Failure, c_int) {
     let short = |message| (Failure::new(USVM_ERROR_OUT_OF_HOST_MEMORY, message), libc::ENOMEM);
@@ -43,6 +49,13 @@ pub extern "C" fn usvm_heap_error(what: u32, first: usize, second: usize) {
         errno
     });
     set_errno(errno);
+}
+
+/// Tells notifiers of what the heap did to `[at, at + size)`, and returns when they were told; not in the header.
+#[unsafe(no_mangle)]
+pub extern "C" fn usvm_heap_changed(reason: u32, at: usize, size: usize) {
+    let change = if reason == MOVED { usvm::Change::Moved } else { usvm::Change::Dropped };
+    notify::changed(change, usvm::ground::addr::Span::sized(at as u64, size as u64));
 }
 
 #[cfg(test)]

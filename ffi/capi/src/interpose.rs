@@ -24,6 +24,7 @@ use usvm::ground::addr::Span;
 use usvm::ground::alloc;
 
 use crate::api::notify::{self, Reason};
+use crate::api::result::{errno, set_errno};
 
 /// What mappings are named by.
 pub type Address = *mut c_void;
@@ -103,8 +104,15 @@ pub fn madvise<T>(addr: Address, len: usize, advice: c_int, real: impl FnOnce() 
     }
 }
 
-/// mprotect(2).
+/// mprotect(2). The kernel has no event for it, so devices' mappings are taken away here when it takes rights away.
 #[inline]
-pub fn mprotect<T>(addr: Address, len: usize, real: impl FnOnce() -> T) -> T {
-    telling(|| [(Reason::Protect, span(addr, len))], real)
+pub fn mprotect<T>(addr: Address, len: usize, prot: c_int, real: impl FnOnce() -> T) -> T {
+    const ALL: c_int = libc::PROT_READ | libc::PROT_WRITE;
+    let result = telling(|| [(Reason::Protect, span(addr, len))], real);
+    if prot & ALL != ALL && !alloc::is_internal() {
+        let errno = errno();
+        usvm::protection_changed(addr.addr() as u64, len as u64);
+        set_errno(errno);
+    }
+    result
 }

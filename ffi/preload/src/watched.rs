@@ -134,7 +134,7 @@ pub unsafe extern "C" fn madvise(addr: Address, len: usize, advice: c_int) -> c_
 pub unsafe extern "C" fn mprotect(addr: Address, len: usize, prot: c_int) -> c_int {
     let next = behind(&MPROTECT);
     // SAFETY: the caller's.
-    interpose::mprotect(addr, len, || unsafe {
+    interpose::mprotect(addr, len, prot, || unsafe {
         match next {
             Some(next) => next(addr, len, prot),
             None => libc::syscall(libc::SYS_mprotect, addr, len, prot) as c_int,

@@ -34,6 +34,7 @@ mod bracket;
 mod chaos;
 mod control;
 mod memory;
+mod protect;
 mod publish;
 mod watchdog;
 
@@ -158,6 +159,8 @@ pub(crate) struct Inner {
 pub struct Runtime {
     handle: Arc<Handle>,
 }
+
+pub use protect::protection_changed;
 
 /// What the program holds; the threads hold only what is inside.
 struct Handle(Arc<Inner>);
@@ -301,6 +304,7 @@ fn publish(inner: &Arc<Inner>) -> Result<()> {
         reclaim(raw);
         return Err(Error::NotSupported("a runtime is running in this process already: use that one".into()));
     }
+    protect::owned_here();
     fork::install(Handlers { prepare: before_fork, parent: after_fork, child: in_child })
 }
 
@@ -468,7 +472,8 @@ impl Inner {
         self.report();
         self.live.iter().for_each(live::Page::close);
         self.state.store(state, Ordering::Release);
-        let raw = CURRENT.swap(std::ptr::null_mut(), Ordering::AcqRel);
+        let raw = CURRENT.swap(std::ptr::null_mut(), Ordering::SeqCst);
+        protect::wait_for_lookers();
         reclaim(raw);
     }
 
@@ -516,14 +521,24 @@ fn reclaim(raw: *mut Inner) {
     }
 }
 
-/// Runs `f` on the process's runtime, if there is one.
+/// The process's runtime, if there is one.
 #[allow(unsafe_code)]
+fn current<'a>() -> Option<&'a Inner> {
+    let raw = CURRENT.load(Ordering::SeqCst);
+    // SAFETY: the leaked reference keeps it alive while `CURRENT` has it. A shutdown in another thread during a fork
+    // is the program's own race; `finish` waits for lookers (`protect`) before it gives the reference back.
+    (!raw.is_null()).then(|| unsafe { &*raw })
+}
+
+/// Whether there is one.
+fn is_anywhere() -> bool {
+    !CURRENT.load(Ordering::Relaxed).is_null()
+}
+
+/// Runs `f` on the process's runtime, if there is one.
 fn with_current(f: impl FnOnce(&Inner)) {
-    let raw = CURRENT.load(Ordering::Acquire);
-    if !raw.is_null() {
-        // SAFETY: the leaked reference keeps it alive while `CURRENT` has it. A shutdown in another thread during a fork
-        // is the program's own race; `finish` ends all threads' use before it gives the reference back.
-        f(unsafe { &*raw });
+    if let Some(inner) = current() {
+        f(inner);
     }
 }
 

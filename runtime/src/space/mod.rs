@@ -51,6 +51,7 @@ pub mod ports;
 mod primitive;
 pub mod range;
 pub mod residency;
+mod served;
 pub mod span_map;
 pub mod svm;
 pub mod timeslice;

@@ -57,14 +57,19 @@ pub enum Rule {
 /// The rule by which usvm refuses what the kernel's range `span` was asked, and with exactly which errno; `true`: it must.
 pub fn refusal(op: &Op, span: Span, kernel: &Kernel) -> Option<(Rule, i32, bool)> {
     let vma = kernel.vma_at(span.start)?;
-    let read_only = op.args.get(1).is_some_and(|ctx| ctx.split(',').any(|w| w == "ro"));
-    let writes = op.name == "gpuw" || op.name == "pages" && !read_only;
+    let writes = writes(op);
     let protected = kernel.vmas.iter().any(|v| v.span.overlaps(span) && !v.write);
     match op.name.as_str() {
         "migrate" if !vma.read => Some((Rule::NoAccess, libc::EFAULT, false)),
         _ if writes && protected => Some((Rule::ReadOnly, libc::EPERM, !vma.write)),
         _ => None,
     }
+}
+
+/// Whether the device asks to write.
+fn writes(op: &Op) -> bool {
+    let read_only = op.args.get(1).is_some_and(|ctx| ctx.split(',').any(|w| w == "ro"));
+    op.name == "gpuw" || op.name == "pages" && !read_only
 }
 
 /// What is written about a rule.
@@ -152,7 +157,8 @@ meant! {
     Recut: "a range stays as it is when mprotect divides its mapping",
         "it comes home at the next device access and gets ranges that fit the mappings",
         "protection and the right to flip are a mapping's",
-        "migrate by a fault; usvm's range at the address is smaller than the kernel's and does not hold the page";
+        "migrate by a fault; usvm's range at the address is smaller than the kernel's and does not hold the page; or pages, gpuw \
+         or gpur of a range of which a mapping does not allow the access";
     Collapse: "MADV_COLLAPSE fetches device pages and makes them huge",
         "they stay on the device; the advice answers EINVAL",
         "the kernel collapses nothing that waits for userfaultfd",
@@ -259,6 +265,9 @@ impl Case<'_> {
         {
             return Some(Rule::Recut);
         }
+        if self.is(&["pages", "gpuw", "gpur"]) && self.is_targeted() && came && self.is_denied_in_part() {
+            return Some(Rule::Recut);
+        }
         let partly = self.held.is_some_and(|h| h.device > 0 && h.device < h.span.pages());
         let mixed = self.range.is_some_and(|r| r.sys > 0 && r.dev > 0);
         if self.is(&["pages", "gpuw", "gpur"]) && self.is_targeted() && came && (partly || mixed) {
@@ -290,6 +299,12 @@ impl Case<'_> {
             return Some(Rule::Unit);
         }
         None
+    }
+
+    /// Whether a mapping of the range in question does not allow what the device asks for.
+    fn is_denied_in_part(&self) -> bool {
+        let denies = |v: &Vma| if writes(self.op) { !v.write } else { !v.read && !v.write };
+        self.target().is_some_and(|t| self.kernel.vmas.iter().any(|v| v.span.overlaps(t) && denies(v)))
     }
 
     fn lands_here(&self) -> bool {

@@ -258,6 +258,28 @@ pub(crate) fn telling<T>(changes: &[(Reason, Span)], real: impl FnOnce() -> T) -
     result
 }
 
+/// Has notifiers told of a change that was made past [`telling`], on the hub's thread, and returns when they were. Where no
+/// notifier is concerned it takes no lock and waits for nothing.
+pub(crate) fn changed(change: Change, span: Span) {
+    let span = span.page_aligned();
+    if !anybody() || alloc::is_internal() || !is_owner() || !WATCHED.concerns(span) {
+        return;
+    }
+    let errno = result::errno();
+    alloc::internal(|| {
+        if let Ok(runtime) = handles::runtime() {
+            // What the kernel reported of it is told, too, and not later than this.
+            let _ = runtime.barrier();
+        }
+        let hub = handles::lock().hub.clone();
+        if let Some(hub) = hub {
+            hub.hear(change, span);
+        }
+        catch_up();
+    });
+    result::set_errno(errno);
+}
+
 fn forget_told(number: u64) {
     handles::lock().told.retain(|told| told.number != number);
 }

@@ -29,9 +29,9 @@ fn everything(host: Host) {
         // The device changed something.
         put(shadow.span.start + 16, 4711);
         let half = mask(&[(0, 7)]);
-        host.flip_in(area.span, &shadow, &half).unwrap();
+        flip_in(&host, area.span, &shadow, &half);
         assert_eq!(host.present(shadow.span), there.minus(&half));
-        host.flip_in(area.span, &shadow, &there.minus(&half)).unwrap();
+        flip_in(&host, area.span, &shadow, &there.minus(&half));
         assert_eq!(get(area.span.start + 16), 4711);
         assert_eq!(host.present(area.span), there);
         assert!(host.present(shadow.span).is_empty());
@@ -45,7 +45,7 @@ fn everything(host: Host) {
         assert_eq!(host.take_written(area.span), exact.then(|| mask(&[(3, 1), (300, 1)])));
         let moved = host.flip_out(area.span, &shadow, &all(area.span)).unwrap();
         assert_eq!(moved, there);
-        host.copy_in(area.span, &shadow, &there).unwrap();
+        all_in(&there, |left| host.copy_in(area.span, &shadow, left));
     } else {
         assert!(!host.report().has.contains(Features::WP_ASYNC));
     }
@@ -139,7 +139,7 @@ fn without_move_the_slot_is_the_callers_alone() {
     // What stops it: no mapping, and one that differs.
     let gone = Span::sized(0x1000, 16 * SZ_4K);
     assert_eq!(host.flip_out(gone, &shadow, &all(gone)).unwrap_err().why, FlipError::NoMapping);
-    host.flip_in(area.span, &shadow, &mask(&[(0, 8)])).unwrap();
+    flip_in(&host, area.span, &shadow, &mask(&[(0, 8)]));
     verify(area.span);
     assert!(host.stats().flip_fallbacks.load(Ordering::Relaxed) >= 3);
     drop(reader);

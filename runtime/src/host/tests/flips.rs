@@ -307,6 +307,7 @@ fn a_new_mapping_at_the_old_place_is_left_alone() {
     let part = area.span.page_run(2, 6);
     // SAFETY: the test's own memory.
     unsafe { sys::map_fresh_at(part) }.unwrap();
+    all_handled(&host);
     fill_pages(area.span, &mask(&[(2, 6)]));
     assert!(!host.is_registered(area.span) && host.is_registered(area.span.page_run(8, 8)));
     let stop = host.flip_out(area.span, &shadow, &mask(&[(6, 6)])).unwrap_err();

@@ -16,7 +16,7 @@ use super::features::{Features, Options};
 use super::message::Message;
 use super::{Host, sys};
 use crate::ground::addr::{PageMask, SZ_2M, SZ_4K, Span, align_up};
-use crate::space::ports::{FlipError, HostMemory, Shadow};
+use crate::space::ports::{FlipError, FlipStop, HostMemory, Shadow};
 use rustix::mm::Advice;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -231,13 +231,28 @@ impl Drop for Child {
     }
 }
 
-/// Flips `pages` in. An event of usvm's own mremap may not be handled yet: the service would come back later, too.
+/// Flips `pages` in.
 fn flip_in(host: &Host, app: Span, shadow: &Shadow, pages: &PageMask) {
+    all_in(pages, |left| host.flip_in(app, shadow, left));
+}
+
+/// Brings `pages` in by `transfer`. An event of usvm's own mremap may not be handled yet when the call that caused it has
+/// returned: the service would come back later, too.
+fn all_in(pages: &PageMask, transfer: impl Fn(&PageMask) -> Result<(), FlipStop>) {
     let deadline = Instant::now() + Duration::from_secs(10);
     let mut left = *pages;
-    while let Err(stop) = host.flip_in(app, shadow, &left) {
+    while let Err(stop) = transfer(&left) {
         assert!(stop.why == FlipError::Again && Instant::now() < deadline, "{stop:?}");
         left = left.minus(&stop.moved);
+        std::thread::yield_now();
+    }
+}
+
+/// Waits until the reader has handled what it read: a call that causes an event returns before that.
+fn all_handled(host: &Host) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while host.channel().has_messages() || host.channel().is_changing() {
+        assert!(Instant::now() < deadline, "the reader is stuck");
         std::thread::yield_now();
     }
 }

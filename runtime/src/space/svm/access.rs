@@ -9,12 +9,12 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::{BUSY_TRIES, GONE_TRIES, PIN_PATIENCE, Svm, TRIES, Want, back_off};
-use crate::ground::addr::{PageMask, Span};
+use crate::ground::addr::{PageMask, SZ_4K, Span};
 use crate::ground::error::{Error, Result};
 use crate::observe::stats::Cause;
 use crate::space::mover::Range;
 use crate::space::notifier::RangeFlags;
-use crate::space::ports::{Facts, GpuAccess, Placement};
+use crate::space::ports::{Facts, GpuAccess, Placement, Vma};
 use crate::space::residency::State;
 use crate::space::{Ctx, EventKind};
 
@@ -249,8 +249,8 @@ impl Svm {
         if placement != Placement::Remote && self.being_dropped(range.span()) {
             return Ok(None);
         }
-        // What was just flipped out lay in a writable mapping: only those can be.
-        let proven = state.is_home() && placement == Placement::Migrate;
+        let to_migrate = state.is_home() && placement == Placement::Migrate;
+        self.served.note(range.span());
         match placement {
             Placement::Migrate => mover.to_device(&range, &mut state, device, want.cause)?,
             Placement::Share if state.is_home() => {
@@ -265,8 +265,15 @@ impl Svm {
             Placement::Share => mover.to_device(&range, &mut state, device, want.cause)?,
             Placement::Remote => self.settle_for_remote(&range, &mut state, device, want)?,
         }
-        if !proven {
-            self.granted(want.access, addr)?;
+        // What was just flipped out lay in writable mappings: only those can be. Holes prove nothing.
+        let flipped = state.moved.as_ref().map_or(0, |m| m.retained.count());
+        if !to_migrate || flipped < range.span().pages() {
+            let vma = self.granted(want.access, addr)?;
+            if !self.granted_throughout(want.access, range.span(), vma) {
+                drop(state);
+                self.recut(range.span());
+                return Ok(None);
+            }
         }
         let Ok(commit) = range.commit(ticket) else { return Ok(None) };
         let flags = mover.bind(&range, &mut state, device, want.access)?;
@@ -279,16 +286,24 @@ impl Svm {
         Ok(Some(range))
     }
 
-    /// Whether the mapping at `addr` allows the access: read-only mappings are never bound writable.
-    fn granted(&self, access: GpuAccess, addr: u64) -> Result<()> {
+    /// The mapping at `addr`, if it allows the access: read-only mappings are never bound writable.
+    fn granted(&self, access: GpuAccess, addr: u64) -> Result<Vma> {
         let vma = self.mover.host.find_vma(addr)?.ok_or(Error::NoVma { addr })?;
-        if !vma.read && !vma.write {
-            return Err(Error::Gone { addr });
+        allows(&vma, access, addr).map(|()| vma)
+    }
+
+    /// Whether all mappings of `span` allow the access, as `known` does: a range is bound as a whole, and mprotect may have
+    /// divided it. A gap is the unmapping event's business.
+    fn granted_throughout(&self, access: GpuAccess, span: Span, known: Vma) -> bool {
+        let mut at = if known.span.start <= span.start { known.span.end } else { span.start };
+        while at < span.end {
+            match self.mover.host.find_vma(at) {
+                Ok(Some(vma)) if allows(&vma, access, at).is_ok() => at = vma.span.end.max(at + SZ_4K),
+                Ok(None) => return true,
+                _ => return false,
+            }
         }
-        if access.writes() && !vma.write {
-            return Err(Error::NotWritable { addr });
-        }
-        Ok(())
+        true
     }
 
     fn place(&self, range: &Range, state: &State, device: u32, want: Want, migratable: bool) -> Placement {
@@ -328,6 +343,16 @@ impl Svm {
         self.mover.unshare_copy(range, state);
         self.mover.to_host(range, state, &PageMask::first(range.span().pages()), want.cause)
     }
+}
+
+fn allows(vma: &Vma, access: GpuAccess, addr: u64) -> Result<()> {
+    if !vma.read && !vma.write {
+        return Err(Error::Gone { addr });
+    }
+    if access.writes() && !vma.write {
+        return Err(Error::NotWritable { addr });
+    }
+    Ok(())
 }
 
 fn may_be_remote(want: Want, atomics: bool) -> bool {

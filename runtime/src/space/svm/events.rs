@@ -47,6 +47,12 @@ impl Svm {
         }
     }
 
+    /// mprotect took rights away from `span`, and nothing else tells: the device's mappings of it are gone when this
+    /// returns. The next access asks for the protection anew.
+    pub fn protected(&self, span: Span) {
+        self.invalidate(EventKind::ProtVma, span);
+    }
+
     /// The pages of `span` that lie in registered mappings now.
     fn registered(&self, span: Span) -> PageMask {
         let mut mask = PageMask::EMPTY;

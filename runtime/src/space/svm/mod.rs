@@ -35,6 +35,7 @@ use crate::observe::stats::{Cause, Counter};
 use crate::space::mover::{Mover, Range};
 use crate::space::ports::{GpuAccess, Placement, Vma};
 use crate::space::residency::{Advices, Residency};
+use crate::space::served::Served as EverServed;
 use crate::space::{Ctx, Space};
 
 /// Tries while mappings change under an access.
@@ -163,6 +164,7 @@ pub struct Svm {
     /// What the program advised.
     pub advices: Advices,
     ctx: Ctx,
+    served: EverServed,
     landings: Mutex<Vec<Landing>>,
     /// Spans whose contents the kernel is about to drop, and when it said so.
     dropping: Mutex<Vec<(Span, Instant)>>,
@@ -180,6 +182,7 @@ impl Svm {
             mover,
             advices: Advices::default(),
             ctx: Ctx { devmem_possible: true, check_pages_threshold, ..Ctx::default() },
+            served: EverServed::default(),
             landings: Mutex::default(),
             dropping: Mutex::default(),
             frozen: RwLock::new(0),
@@ -200,6 +203,11 @@ impl Svm {
         if let Some(barrier) = barrier {
             barrier();
         }
+    }
+
+    /// Whether a device may ever have been served in `span`. Any thread; takes no lock.
+    pub fn was_served(&self, span: Span) -> bool {
+        self.served.perhaps(span)
     }
 
     /// The mapping around `addr`.
