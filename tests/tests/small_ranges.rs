@@ -1,5 +1,7 @@
 //! Small ranges come home by a copy from device memory, where that can be read; what the device only read flips back.
 
+use std::sync::atomic::Ordering;
+
 use usvm::Config;
 use usvm::device::sim::SimConfig;
 use usvm_tests::support::*;
@@ -22,7 +24,9 @@ fn flips(device: SimConfig) -> [u64; 2] {
     let rt = usvm::Builder::new(config()).device(device).start().unwrap();
     let mem = Mem::small(BYTES);
     let at = mem.at;
-    mem.fill_words(0, BYTES, |word| word);
+    for (n, word) in mem.words::<u64>().iter().enumerate() {
+        word.store(n as u64, Ordering::Relaxed);
+    }
     let back = |first: u64| {
         let before = rt.stats().flips;
         mem.check_words(0, BYTES, |word| match word % (K64 / 8) {
@@ -58,7 +62,7 @@ fn what_the_device_wrote_is_copied_and_what_it_only_read_flips() {
 #[test]
 fn memory_that_the_processor_cannot_read_goes_by_the_shadow() {
     let _alone = alone("memory_that_the_processor_cannot_read_goes_by_the_shadow", 60);
-    let hidden = SimConfig { visible: Some(0), ..device(4 * BYTES, true) };
+    let hidden = SimConfig { cpu_visible_bytes: Some(0), ..device(4 * BYTES, true) };
     let [written, read] = flips(hidden);
     assert!(written > 0 && read > 0);
 }
