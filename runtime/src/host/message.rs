@@ -191,6 +191,19 @@ impl Channel {
     }
 }
 
+/// Appends all messages queued on `uffd`, another process's, to `out`.
+pub(super) fn read_from(uffd: BorrowedFd<'_>, out: &mut Vec<Message>) -> sys::Result<()> {
+    let mut buf = [0u8; BATCH * MESSAGE];
+    loop {
+        match sys::read(uffd, &mut buf) {
+            Ok(len) => out.extend(buf[..len].chunks_exact(MESSAGE).filter_map(decode)),
+            Err(Errno(libc::EAGAIN)) => return Ok(()),
+            Err(Errno(libc::EINTR)) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+}
+
 /// See [`Channel::handling`].
 pub(super) struct Handling<'a>(&'a Channel);
 

@@ -231,9 +231,8 @@ fn start(builder: Builder) -> Result<Runtime> {
             workers(&config),
             Duration::from_micros(config.spin_us),
             move |child, read_on| {
-                filled.for_child(read_on, |span, pages, shadow| {
-                    host_of_child.fill_child(&child, span, shadow, pages)
-                });
+                let mut child = host_of_child.child(child);
+                filled.for_child(read_on, |span, pages, shadow| child.give(span, pages, shadow));
             },
         ))
     };
