@@ -46,6 +46,7 @@ fn errnos(call: Call) -> &'static [i32] {
         Call::Move | Call::Copy => &[libc::EAGAIN, libc::ENOMEM, libc::EBUSY, libc::EINVAL],
         Call::Register => &[libc::ENOMEM, libc::EBUSY, libc::EINVAL],
         Call::Wake | Call::Poll | Call::Read | Call::Futex => &[libc::EINTR, libc::EAGAIN],
+        Call::ProcessVm => &[libc::EFAULT, libc::ENOMEM, libc::EPERM],
         Call::ProcmapQuery | Call::PagemapScan => &[libc::ENOTTY, libc::ENOMEM, libc::EFAULT],
         _ => &[libc::ENOMEM, libc::EAGAIN],
     }
@@ -98,6 +99,11 @@ fn messages_are_not_read() {
 }
 
 #[test]
+fn memory_is_not_reached_over_the_link() {
+    all(&[Call::ProcessVm], usual());
+}
+
+#[test]
 fn everything_else() {
     let covered = [
         Call::Move,
@@ -120,17 +126,100 @@ fn everything_else() {
         Call::Write,
         Call::Poll,
         Call::Futex,
+        Call::ProcessVm,
     ];
     let rest: Vec<Call> = Call::ALL.iter().copied().filter(|c| !covered.contains(c)).collect();
-    for call in rest {
+    for call in rest.into_iter().filter(|call| *call != Call::HeapMemory) {
         while_running(call, libc::ENOMEM, [0, 1, 0], usual());
     }
+}
+
+/// usvm's own heap is Rust's to the end: without memory it aborts. But it asks for less before.
+#[test]
+fn the_heap_grows_in_smaller_steps() {
+    let mut hits = 0;
+    for [skip, every, count] in [[0, 1, 1], [0, 2, 0], [1, 2, 0]] {
+        let _alone = alone(&format!("the heap does not grow, plan {skip}/{every}/{count}"), 30);
+        let runtime = runtime_with(Config::default(), usual(), &[VRAM]).unwrap();
+        inject::plan(Call::HeapMemory, libc::ENOMEM, skip, every, count);
+        // More than is open: a growth of as much again is refused.
+        let blocks: Vec<Vec<u8>> =
+            usvm::ground::alloc::internal(|| (0..40).map(|n| vec![n as u8; 1 << 20]).collect());
+        hits += inject::hits(Call::HeapMemory);
+        inject::clear();
+        assert!(blocks.iter().zip(0..).all(|(block, n)| block.iter().all(|b| *b == n)));
+        usvm::ground::alloc::internal(|| drop(blocks));
+        let mut scenario = Scenario::new(4);
+        scenario.play(&runtime);
+        assert!(scenario.errors.is_empty(), "{:?}", scenario.errors);
+    }
+    assert!(hits > 2, "{hits}");
+}
+
+/// What no start and no scenario of this file calls, and where it is made to fail instead.
+const ELSEWHERE: [(Call, &str); 3] = [
+    (
+        Call::Poison,
+        "only after the device is lost: host/tests/injection.rs, poison_and_zero_outlast_unread_events",
+    ),
+    (Call::Munlock, "only under mlockall(MCL_FUTURE): locked_arenas, below"),
+    (Call::Dup, "only when all service threads are gone: host/tests/injection.rs, no_descriptor_for_the_end"),
+];
+
+/// Every call of the list is really made: a failure of it is not planned in vain.
+#[test]
+fn every_call_is_made() {
+    use usvm::host::features::Features;
+    let _alone = alone("every call is made", 60);
+    let mut made = vec![0; Call::ALL.len()];
+    let ways = [Features::empty(), Features::MOVE, Features::PAGEMAP_SCAN | Features::PROCMAP_QUERY];
+    for (n, forbid) in ways.into_iter().enumerate() {
+        Call::ALL.iter().for_each(|call| inject::count(*call));
+        let trace = std::env::temp_dir().join(format!("usvm-injection-{}-{n}.json", std::process::id()));
+        let mut config = Config::default();
+        config.trace = Some(trace.to_str().unwrap().into());
+        let runtime = runtime_with(config, Options { forbid, ..usual() }, &[VRAM]).unwrap();
+        let mut scenario = Scenario::new(5);
+        scenario.play(&runtime);
+        // The first way of opening that is refused leads to the next.
+        inject::plan(Call::UffdDevice, libc::EACCES, 0, 1, 0);
+        let _ = usvm::host::Host::open(&usual());
+        runtime.shutdown();
+        drop(runtime);
+        std::fs::remove_file(trace).unwrap();
+        made.iter_mut().zip(Call::ALL).for_each(|(made, call)| *made += inject::calls(*call));
+        inject::clear();
+    }
+    for (call, made) in Call::ALL.iter().zip(made) {
+        let elsewhere = ELSEWHERE.iter().any(|(c, _)| c == call);
+        assert_eq!(made == 0, elsewhere, "{call:?} was made {made} times");
+    }
+}
+
+#[test]
+fn locked_arenas() {
+    let _alone = alone("locked arenas", 60);
+    // SAFETY: locks what is mapped from now on; of this process only, which is done after this.
+    if unsafe { libc::mlockall(libc::MCL_FUTURE) } != 0 {
+        println!("skipped: memory may not be locked: {}", std::io::Error::last_os_error());
+        return;
+    }
+    inject::plan(Call::Munlock, libc::EPERM, 0, 1, 0);
+    let runtime = runtime_with(Config::default(), usual(), &[VRAM]).unwrap();
+    let mut scenario = Scenario::new(6);
+    scenario.play(&runtime);
+    let hits = inject::hits(Call::Munlock);
+    inject::clear();
+    // SAFETY: as it was.
+    unsafe { libc::munlockall() };
+    scenario.play(&runtime);
+    assert!(hits > 0);
 }
 
 /// At the start each call fails once, and for ever: a runtime or an error, in bounded time.
 #[test]
 fn starting() {
-    for &call in Call::ALL {
+    for &call in Call::ALL.iter().filter(|call| **call != Call::HeapMemory) {
         for [skip, every, count] in [[0, 1, 1], [1, 1, 1], [0, 1, 0]] {
             for errno in [libc::EPERM, libc::ENOMEM] {
                 let what =

@@ -107,6 +107,11 @@ impl Channel {
         self.uffd.as_fd()
     }
 
+    /// Closes the userfaultfd behind its descriptor.
+    pub(super) fn retire(&self) -> sys::Result<()> {
+        sys::retire(self.uffd.as_fd(), self.wake.as_fd())
+    }
+
     /// Keeps messages unread while it is held.
     pub(super) fn hold_messages(&self) -> RwLockReadGuard<'_, ()> {
         self.gate.read().unwrap_or_else(PoisonError::into_inner)

@@ -248,8 +248,9 @@ impl Host {
     /// Closes the userfaultfd, for ever: the kernel lets go of all memory, also what it had registered by itself, and of
     /// everybody who waits. What is missing then reads as zeroes: bring everything home before.
     pub fn close(&self) {
-        if let Err(errno) = sys::retire(self.channel.uffd()) {
-            tracing::error!(%errno, "the userfaultfd stays open");
+        if let Err(errno) = self.channel.retire() {
+            tracing::error!(%errno, "the userfaultfd stays open; letting go of what is known to be registered");
+            self.unregister_all();
         }
     }
 
