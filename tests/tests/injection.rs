@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use usvm::ground::inject::{self, Call};
 use usvm::host::Options;
+use usvm::host::features::Features;
 use usvm::{Config, Error};
 use usvm_tests::scenario::{Scenario, VRAM};
 use usvm_tests::support::*;
@@ -52,6 +53,9 @@ fn errnos(call: Call) -> &'static [i32] {
     }
 }
 
+/// Made only while a runtime starts or ends: [`starting`] makes them fail.
+const AT_THE_START: [Call; 1] = [Call::Open];
+
 /// All plans for some of the calls.
 fn all(calls: &[Call], options: Options) {
     for &call in calls {
@@ -60,7 +64,12 @@ fn all(calls: &[Call], options: Options) {
             hits += PLANS.iter().map(|plan| while_running(call, errno, *plan, options)).sum::<u64>();
         }
         println!("{call:?}: {hits} failures");
+        assert!(hits > 0 || AT_THE_START.contains(&call), "{call:?} is not made here: nothing failed");
     }
+}
+
+fn without(forbid: Features) -> Options {
+    Options { forbid, ..usual() }
 }
 
 fn usual() -> Options {
@@ -69,23 +78,24 @@ fn usual() -> Options {
 
 #[test]
 fn pages_do_not_move() {
-    all(&[Call::Move, Call::Copy, Call::Zeropage], usual());
+    all(&[Call::Move, Call::Zeropage], usual());
 }
 
 #[test]
 fn pages_do_not_move_the_old_way() {
-    let options = Options { forbid: usvm::host::features::Features::MOVE, ..usual() };
-    all(&[Call::Mremap, Call::Copy], options);
+    all(&[Call::Mremap, Call::Copy], without(Features::MOVE));
 }
 
 #[test]
 fn memory_is_not_registered() {
-    all(&[Call::Register, Call::Unregister, Call::WriteProtect, Call::Wake], usual());
+    all(&[Call::Register, Call::Unregister, Call::Wake], usual());
+    all(&[Call::WriteProtect], without(Features::PAGEMAP_SCAN));
 }
 
 #[test]
 fn the_kernel_says_nothing_about_pages() {
-    all(&[Call::PagemapScan, Call::PagemapRead, Call::ProcmapQuery, Call::Open], usual());
+    all(&[Call::PagemapScan, Call::ProcmapQuery, Call::Open], usual());
+    all(&[Call::PagemapRead, Call::Seek], without(Features::PAGEMAP_SCAN | Features::PROCMAP_QUERY));
 }
 
 #[test]
@@ -95,7 +105,7 @@ fn there_is_no_address_space() {
 
 #[test]
 fn messages_are_not_read() {
-    all(&[Call::Read, Call::Write, Call::Poll, Call::Futex], usual());
+    all(&[Call::Read, Call::Poll, Call::Futex], usual());
 }
 
 #[test]
@@ -137,17 +147,22 @@ fn everything_else() {
 /// usvm's own heap is Rust's to the end: without memory it aborts. But it asks for less before.
 #[test]
 fn the_heap_grows_in_smaller_steps() {
-    let mut hits = 0;
+    let (mut hits, mut many) = (0, 16);
     for [skip, every, count] in [[0, 1, 1], [0, 2, 0], [1, 2, 0]] {
         let _alone = alone(&format!("the heap does not grow, plan {skip}/{every}/{count}"), 30);
         let runtime = runtime_with(Config::default(), usual(), &[VRAM]).unwrap();
         inject::plan(Call::HeapMemory, libc::ENOMEM, skip, every, count);
         // More than is open: a growth of as much again is refused.
-        let blocks: Vec<Vec<u8>> =
-            usvm::ground::alloc::internal(|| (0..40).map(|n| vec![n as u8; 1 << 20]).collect());
+        many *= 4;
+        let block = |n: u32| {
+            let mut block = Vec::with_capacity(1 << 20);
+            block.push(n as u8);
+            block
+        };
+        let blocks: Vec<Vec<u8>> = usvm::ground::alloc::internal(|| (0..many).map(block).collect());
         hits += inject::hits(Call::HeapMemory);
         inject::clear();
-        assert!(blocks.iter().zip(0..).all(|(block, n)| block.iter().all(|b| *b == n)));
+        assert!(blocks.iter().zip(0u32..).all(|(block, n)| block[0] == n as u8));
         usvm::ground::alloc::internal(|| drop(blocks));
         let mut scenario = Scenario::new(4);
         scenario.play(&runtime);
@@ -169,7 +184,6 @@ const ELSEWHERE: [(Call, &str); 3] = [
 /// Every call of the list is really made: a failure of it is not planned in vain.
 #[test]
 fn every_call_is_made() {
-    use usvm::host::features::Features;
     let _alone = alone("every call is made", 60);
     let mut made = vec![0; Call::ALL.len()];
     let ways = [Features::empty(), Features::MOVE, Features::PAGEMAP_SCAN | Features::PROCMAP_QUERY];
