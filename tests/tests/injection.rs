@@ -172,14 +172,10 @@ fn the_heap_grows_in_smaller_steps() {
 }
 
 /// What no start and no scenario of this file calls, and where it is made to fail instead.
-const ELSEWHERE: [(Call, &str); 3] = [
-    (
-        Call::Poison,
-        "only after the device is lost: host/tests/injection.rs, poison_and_zero_outlast_unread_events",
-    ),
-    (Call::Munlock, "only under mlockall(MCL_FUTURE): locked_arenas, below"),
-    (Call::Dup, "only when all service threads are gone: host/tests/injection.rs, no_descriptor_for_the_end"),
-];
+const ELSEWHERE: [(Call, &str); 1] = [(
+    Call::Poison,
+    "only for data that is lost: host/tests/injection.rs, poison_and_zero_outlast_unread_events",
+)];
 
 /// Every call of the list is really made: a failure of it is not planned in vain.
 #[test]
@@ -205,8 +201,11 @@ fn every_call_is_made() {
         inject::clear();
     }
     for (call, made) in Call::ALL.iter().zip(made) {
-        let elsewhere = ELSEWHERE.iter().any(|(c, _)| c == call);
-        assert_eq!(made == 0, elsewhere, "{call:?} was made {made} times");
+        let elsewhere = ELSEWHERE.iter().find(|(c, _)| c == call);
+        assert!(made > 0 || elsewhere.is_some(), "{call:?} was never made");
+        if let Some((_, why)) = elsewhere {
+            println!("{call:?} was made {made} times: {why}");
+        }
     }
 }
 
