@@ -211,10 +211,11 @@ impl Scenario {
         let mem = Mem::small(M2);
         let per_page = (K4 / 8) as usize;
         let mut model = vec![0; (mem.len / 8) as usize];
-        let set = |model: &mut Vec<u64>, page: usize| {
-            for i in page * per_page..(page + 1) * per_page {
-                model[i] = value(seed, i as u64);
-                mem.words::<u64>()[i].store(model[i], Relaxed);
+        let set = |model: &mut [u64], page: usize| {
+            let words = mem.words::<u64>().iter().zip(model).enumerate();
+            for (i, (word, model)) in words.skip(page * per_page).take(per_page) {
+                *model = value(seed, i as u64);
+                word.store(*model, Relaxed);
             }
         };
         (0..32).step_by(2).for_each(|page| set(&mut model, page));
