@@ -14,7 +14,7 @@
 //! | `flip`, `remap` | moves pages between application and shadow |
 //! | `touched` | what usvm's own threads touch at home, and may wait for |
 //! | [`service`] | answers faults and events |
-//! | [`fork`] | what happens around a fork; [`Child`]: what a child gets that was forked without it |
+//! | [`fork`] | what happens around a fork; `child`: what a child gets that was forked without it |
 //! | [`budget`] | how much host memory may be retained |
 //! | `sys` | the system calls of all of these |
 //!
