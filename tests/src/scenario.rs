@@ -54,6 +54,9 @@ impl Scenario {
                 self.device_edits(runtime, piece, 12, round * 10 + 3);
                 self.cpu_checks(piece, 4);
             }
+            if round == 1 {
+                self.holes(runtime, 15);
+            }
             if self.fork {
                 self.forks(runtime, round);
             }
@@ -200,6 +203,37 @@ impl Scenario {
         }
         let evicted = runtime.evict(at + K4, len / 3);
         self.note(evicted.map(|()| true));
+    }
+
+    /// Memory with pages that nobody has touched: they read as zeroes on both sides, and the CPU can write them.
+    fn holes(&mut self, runtime: &Runtime, seed: u64) {
+        // A whole chunk: smaller ones are cut so that they have no holes.
+        let mem = Mem::small(M2);
+        let per_page = (K4 / 8) as usize;
+        let mut model = vec![0; (mem.len / 8) as usize];
+        let set = |model: &mut [u64], page: usize| {
+            let words = mem.words::<u64>().iter().zip(model).enumerate();
+            for (i, (word, model)) in words.skip(page * per_page).take(per_page) {
+                *model = value(seed, i as u64);
+                word.store(*model, Relaxed);
+            }
+        };
+        (0..32).step_by(2).for_each(|page| set(&mut model, page));
+        let (at, len, words) = (mem.at, mem.len, Arc::new(model.clone()));
+        let seen = runtime.launch(0, move |gpu| {
+            let mut bytes = vec![0; len as usize];
+            gpu.read(at, &mut bytes)?;
+            let right = bytes
+                .chunks_exact(8)
+                .zip(&*words)
+                .all(|(b, w)| u64::from_le_bytes(b.try_into().unwrap()) == *w);
+            let wrong = || Error::Invalid { argument: "data", reason: "the device reads holes wrong".into() };
+            if right { Ok(()) } else { Err(wrong()) }
+        });
+        let seen = seen.wait(None);
+        self.note(seen);
+        (1..32).step_by(4).for_each(|page| set(&mut model, page));
+        mem.check_words(0, 32 * K4, |i| model[i as usize]);
     }
 
     /// A child sees everything as it was at the fork, wherever it was.

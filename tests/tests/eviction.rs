@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use usvm::device::sim::{Gpu, SimConfig};
-use usvm::{Builder, Config, Error, Runtime};
+use usvm::{Builder, Config, Error, Hint, Runtime};
 use usvm_tests::support::*;
 
 #[global_allocator]
@@ -94,6 +94,48 @@ fn device_memory_of_three_chunks() {
     scatter(&runtime, &mem, 300);
     let resident = runtime.stats().resident_device_bytes;
     assert!(resident <= 3 * M2, "{resident} bytes on a device of {}", 3 * M2);
+}
+
+#[test]
+fn the_longest_unused_goes_first() {
+    let _alone = alone("the longest unused", 60);
+    for name in ["adaptive", "gpusvm"] {
+        let runtime = runtime(policy(name), &[3 * M2]);
+        let [a, b, c, d] = std::array::from_fn(|n| Mem::filled(M2, n as u64));
+        for mem in [&a, &b, &c, &a, &d] {
+            let at = mem.at;
+            on_gpu(&runtime, move |gpu| gpu.load_u64(at).map(drop)).unwrap();
+        }
+        let there = [&a, &b, &c, &d].map(|m| runtime.residence(m.at, m.len).unwrap().device == M2);
+        assert_eq!(there, [true, false, true, true], "{name}");
+        for (n, mem) in [a, b, c, d].iter().enumerate() {
+            mem.check(n as u64);
+        }
+    }
+}
+
+#[test]
+fn shared_copies_go_before_anything_else_the_longest_unused_first() {
+    let _alone = alone("shared copies", 60);
+    let runtime = runtime(policy("adaptive"), &[4 * M2]);
+    let [owned, one, two, three, more] = std::array::from_fn(|n| Mem::filled(M2, n as u64));
+    let read =
+        |mem: &Mem| runtime.end_access(runtime.begin_access(0, &[reads(mem.at, mem.len)]).unwrap()).unwrap();
+    to_device(&runtime, &owned, 9);
+    for mem in [&one, &two, &three] {
+        runtime.advise(mem.at, mem.len, Hint::ReadMostly(true)).unwrap();
+        read(mem);
+        assert_eq!(runtime.residence(mem.at, mem.len).unwrap().shared, M2);
+    }
+    read(&one);
+    let there = || [&one, &two, &three].map(|m| runtime.residence(m.at, m.len).unwrap().shared == M2);
+    assert_eq!(there(), [true; 3]);
+    to_device(&runtime, &more, 9);
+    assert_eq!(there(), [true, false, true]);
+    assert_eq!(runtime.residence(owned.at, owned.len).unwrap().device, M2, "colder, but no copy");
+    owned.check(9);
+    one.check(1);
+    two.check(2);
 }
 
 #[test]

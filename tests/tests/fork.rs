@@ -273,3 +273,109 @@ fn pages_shared_with_a_living_child_are_its_own() {
         }
     });
 }
+
+/// The mappings of `[at, at + len)` that a child does not have are not there, the others are as `piece` says, or zero.
+fn child_has(piece: &Piece, advice: i32, advised: std::ops::Range<u64>) -> bool {
+    (0..piece.len()).step_by(K4 as usize).all(|off| {
+        let mut there = 0u8;
+        // SAFETY: asks about one page; the answer is one byte.
+        let known = unsafe { libc::mincore((piece.at + off) as *mut _, K4 as usize, &mut there) } == 0;
+        match advised.contains(&off) {
+            true if advice == libc::MADV_DONTFORK => !known,
+            true => known && cpu_read(piece.at + off, K4).iter().all(|b| *b == 0),
+            false => known && cpu_read(piece.at + off, K4) == piece.bytes[off as usize..(off + K4) as usize],
+        }
+    })
+}
+
+fn advised_memory(name: &'static str, raw: bool) {
+    isolated(name, || {
+        let rt = runtime(64 << 20);
+        for advice in [libc::MADV_WIPEONFORK, libc::MADV_DONTFORK] {
+            for part in [0..2 * M2, 5 * K4..17 * K4, M2 - K4..M2 + 3 * K4] {
+                for away in [true, false] {
+                    let (area, mut piece) = Area::filled(2 * M2, false, &mut Rng::new(8));
+                    piece.change(&rt, "before");
+                    if !away {
+                        rt.evict(area.at, area.len).unwrap();
+                    }
+                    advise(area.at + part.start, part.end - part.start, advice).unwrap();
+                    let there = rt.residence(area.at, area.len).unwrap().device;
+                    assert_eq!(there, if away { area.len } else { 0 });
+                    let what = format!("advice {advice} for {part:?}, on the device: {away}");
+                    fork_child(raw, || child_has(&piece, advice, part.clone())).good(&what);
+                    assert!(holds(&piece), "{what}: the parent has it all");
+                    piece.check(&rt, &what);
+                    drop(area);
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn what_a_fork_wipes_or_leaves_out_is_so() {
+    advised_memory("what_a_fork_wipes_or_leaves_out_is_so", false);
+}
+
+#[test]
+fn what_a_raw_clone_wipes_or_leaves_out_is_so() {
+    if !kernel_faults() {
+        return;
+    }
+    advised_memory("what_a_raw_clone_wipes_or_leaves_out_is_so", true);
+}
+
+/// A child that changes its mappings at once is followed by whoever fills them.
+#[test]
+fn a_raw_child_that_unmaps_drops_and_moves_gets_the_rest() {
+    if !kernel_faults() {
+        return;
+    }
+    isolated("a_raw_child_that_unmaps_drops_and_moves_gets_the_rest", || {
+        let rt = runtime(64 << 20);
+        // Many ranges before and after, so that the child is there while they are filled.
+        let (area, mut piece) = Area::filled(32 * M2, false, &mut Rng::new(9));
+        let elsewhere = Area::new(M2);
+        for round in 0..6 {
+            piece.change(&rt, "before");
+            fork_child(true, || {
+                let at = |m: u64| piece.at + m * M2;
+                let wanted = |m: u64| &piece.bytes[(m * M2) as usize..((m + 1) * M2) as usize];
+                unmap(at(29), M2);
+                advise(at(30), M2, libc::MADV_DONTNEED).unwrap();
+                remap(at(31), M2, M2, 0, Some(elsewhere.at)).unwrap();
+                cpu_read(elsewhere.at, M2) == wanted(31)
+                    && cpu_read(at(30), M2).iter().all(|b| *b == 0)
+                    && (0..29).all(|m| cpu_read(at(m), M2) == wanted(m))
+            })
+            .good(&format!("round {round}"));
+        }
+        piece.check(&rt, "afterwards");
+        drop((area, elsewhere));
+    });
+}
+
+#[test]
+fn what_a_raw_child_cannot_have_is_sigbus_not_zeroes() {
+    use usvm::ground::inject::{self, Call};
+    if !kernel_faults() {
+        return;
+    }
+    isolated("what_a_raw_child_cannot_have_is_sigbus_not_zeroes", || {
+        let rt = runtime(64 << 20);
+        let (area, mut piece) = Area::filled(M2, false, &mut Rng::new(10));
+        for touched in [0, M2 - K4] {
+            piece.change(&rt, "before");
+            assert_eq!(rt.residence(area.at, area.len).unwrap().device, M2);
+            inject::plan(Call::Copy, libc::ENOMEM, 0, 1, 0);
+            let code = fork_child(true, || cpu_peek(area.at + touched) == 1).wait(Duration::from_secs(20));
+            let failed = inject::hits(Call::Copy);
+            inject::clear();
+            assert!(failed > 0);
+            assert_eq!(code, -libc::SIGBUS, "touched {touched:#x}");
+            piece.check(&rt, "the parent's");
+        }
+        drop(area);
+    });
+}

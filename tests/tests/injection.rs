@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use usvm::ground::inject::{self, Call};
 use usvm::host::Options;
+use usvm::host::features::Features;
 use usvm::{Config, Error};
 use usvm_tests::scenario::{Scenario, VRAM};
 use usvm_tests::support::*;
@@ -46,10 +47,14 @@ fn errnos(call: Call) -> &'static [i32] {
         Call::Move | Call::Copy => &[libc::EAGAIN, libc::ENOMEM, libc::EBUSY, libc::EINVAL],
         Call::Register => &[libc::ENOMEM, libc::EBUSY, libc::EINVAL],
         Call::Wake | Call::Poll | Call::Read | Call::Futex => &[libc::EINTR, libc::EAGAIN],
+        Call::ProcessVm => &[libc::EFAULT, libc::ENOMEM, libc::EPERM],
         Call::ProcmapQuery | Call::PagemapScan => &[libc::ENOTTY, libc::ENOMEM, libc::EFAULT],
         _ => &[libc::ENOMEM, libc::EAGAIN],
     }
 }
+
+/// Made only while a runtime starts or ends: [`starting`] makes them fail.
+const AT_THE_START: [Call; 1] = [Call::Open];
 
 /// All plans for some of the calls.
 fn all(calls: &[Call], options: Options) {
@@ -59,7 +64,12 @@ fn all(calls: &[Call], options: Options) {
             hits += PLANS.iter().map(|plan| while_running(call, errno, *plan, options)).sum::<u64>();
         }
         println!("{call:?}: {hits} failures");
+        assert!(hits > 0 || AT_THE_START.contains(&call), "{call:?} is not made here: nothing failed");
     }
+}
+
+fn without(forbid: Features) -> Options {
+    Options { forbid, ..usual() }
 }
 
 fn usual() -> Options {
@@ -68,23 +78,24 @@ fn usual() -> Options {
 
 #[test]
 fn pages_do_not_move() {
-    all(&[Call::Move, Call::Copy, Call::Zeropage], usual());
+    all(&[Call::Move, Call::Zeropage], usual());
 }
 
 #[test]
 fn pages_do_not_move_the_old_way() {
-    let options = Options { forbid: usvm::host::features::Features::MOVE, ..usual() };
-    all(&[Call::Mremap, Call::Copy], options);
+    all(&[Call::Mremap, Call::Copy], without(Features::MOVE));
 }
 
 #[test]
 fn memory_is_not_registered() {
-    all(&[Call::Register, Call::Unregister, Call::WriteProtect, Call::Wake], usual());
+    all(&[Call::Register, Call::Unregister, Call::Wake], usual());
+    all(&[Call::WriteProtect], without(Features::PAGEMAP_SCAN));
 }
 
 #[test]
 fn the_kernel_says_nothing_about_pages() {
-    all(&[Call::PagemapScan, Call::PagemapRead, Call::ProcmapQuery, Call::Open], usual());
+    all(&[Call::PagemapScan, Call::ProcmapQuery, Call::Open], usual());
+    all(&[Call::PagemapRead, Call::Seek], without(Features::PAGEMAP_SCAN | Features::PROCMAP_QUERY));
 }
 
 #[test]
@@ -94,7 +105,12 @@ fn there_is_no_address_space() {
 
 #[test]
 fn messages_are_not_read() {
-    all(&[Call::Read, Call::Write, Call::Poll, Call::Futex], usual());
+    all(&[Call::Read, Call::Poll, Call::Futex], usual());
+}
+
+#[test]
+fn memory_is_not_reached_over_the_link() {
+    all(&[Call::ProcessVm], usual());
 }
 
 #[test]
@@ -120,17 +136,103 @@ fn everything_else() {
         Call::Write,
         Call::Poll,
         Call::Futex,
+        Call::ProcessVm,
     ];
     let rest: Vec<Call> = Call::ALL.iter().copied().filter(|c| !covered.contains(c)).collect();
-    for call in rest {
+    for call in rest.into_iter().filter(|call| *call != Call::HeapMemory) {
         while_running(call, libc::ENOMEM, [0, 1, 0], usual());
     }
+}
+
+/// usvm's own heap is Rust's to the end: without memory it aborts. But it asks for less before.
+#[test]
+fn the_heap_grows_in_smaller_steps() {
+    let (mut hits, mut many) = (0, 16);
+    for [skip, every, count] in [[0, 1, 1], [0, 2, 0], [1, 2, 0]] {
+        let _alone = alone(&format!("the heap does not grow, plan {skip}/{every}/{count}"), 30);
+        let runtime = runtime_with(Config::default(), usual(), &[VRAM]).unwrap();
+        inject::plan(Call::HeapMemory, libc::ENOMEM, skip, every, count);
+        // More than is open: a growth of as much again is refused.
+        many *= 4;
+        let block = |n: u32| {
+            let mut block = Vec::with_capacity(1 << 20);
+            block.push(n as u8);
+            block
+        };
+        let blocks: Vec<Vec<u8>> = usvm::ground::alloc::internal(|| (0..many).map(block).collect());
+        hits += inject::hits(Call::HeapMemory);
+        inject::clear();
+        assert!(blocks.iter().zip(0u32..).all(|(block, n)| block[0] == n as u8));
+        usvm::ground::alloc::internal(|| drop(blocks));
+        let mut scenario = Scenario::new(4);
+        scenario.play(&runtime);
+        assert!(scenario.errors.is_empty(), "{:?}", scenario.errors);
+    }
+    assert!(hits > 2, "{hits}");
+}
+
+/// What no start and no scenario of this file calls, and where it is made to fail instead.
+const ELSEWHERE: [(Call, &str); 1] = [(
+    Call::Poison,
+    "only for data that is lost: host/tests/injection.rs, poison_and_zero_outlast_unread_events",
+)];
+
+/// Every call of the list is really made: a failure of it is not planned in vain.
+#[test]
+fn every_call_is_made() {
+    let _alone = alone("every call is made", 60);
+    let mut made = vec![0; Call::ALL.len()];
+    let ways = [Features::empty(), Features::MOVE, Features::PAGEMAP_SCAN | Features::PROCMAP_QUERY];
+    for (n, forbid) in ways.into_iter().enumerate() {
+        Call::ALL.iter().for_each(|call| inject::count(*call));
+        let trace = std::env::temp_dir().join(format!("usvm-injection-{}-{n}.json", std::process::id()));
+        let mut config = Config::default();
+        config.trace = Some(trace.to_str().unwrap().into());
+        let runtime = runtime_with(config, Options { forbid, ..usual() }, &[VRAM]).unwrap();
+        let mut scenario = Scenario::new(5);
+        scenario.play(&runtime);
+        // The first way of opening that is refused leads to the next.
+        inject::plan(Call::UffdDevice, libc::EACCES, 0, 1, 0);
+        let _ = usvm::host::Host::open(&usual());
+        runtime.shutdown();
+        drop(runtime);
+        std::fs::remove_file(trace).unwrap();
+        made.iter_mut().zip(Call::ALL).for_each(|(made, call)| *made += inject::calls(*call));
+        inject::clear();
+    }
+    for (call, made) in Call::ALL.iter().zip(made) {
+        let elsewhere = ELSEWHERE.iter().find(|(c, _)| c == call);
+        assert!(made > 0 || elsewhere.is_some(), "{call:?} was never made");
+        if let Some((_, why)) = elsewhere {
+            println!("{call:?} was made {made} times: {why}");
+        }
+    }
+}
+
+#[test]
+fn locked_arenas() {
+    let _alone = alone("locked arenas", 60);
+    // SAFETY: locks what is mapped from now on; of this process only, which is done after this.
+    if unsafe { libc::mlockall(libc::MCL_FUTURE) } != 0 {
+        println!("skipped: memory may not be locked: {}", std::io::Error::last_os_error());
+        return;
+    }
+    inject::plan(Call::Munlock, libc::EPERM, 0, 1, 0);
+    let runtime = runtime_with(Config::default(), usual(), &[VRAM]).unwrap();
+    let mut scenario = Scenario::new(6);
+    scenario.play(&runtime);
+    let hits = inject::hits(Call::Munlock);
+    inject::clear();
+    // SAFETY: as it was.
+    unsafe { libc::munlockall() };
+    scenario.play(&runtime);
+    assert!(hits > 0);
 }
 
 /// At the start each call fails once, and for ever: a runtime or an error, in bounded time.
 #[test]
 fn starting() {
-    for &call in Call::ALL {
+    for &call in Call::ALL.iter().filter(|call| **call != Call::HeapMemory) {
         for [skip, every, count] in [[0, 1, 1], [1, 1, 1], [0, 1, 0]] {
             for errno in [libc::EPERM, libc::ENOMEM] {
                 let what =

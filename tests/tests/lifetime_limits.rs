@@ -27,6 +27,11 @@ fn use_up_mappings(spare: usize) -> Option<(u64, u64)> {
     Some((at, len))
 }
 
+/// Uses up what is left, one mapping after another with other rights than its neighbours, and says that there was an end.
+fn no_more_mappings() -> bool {
+    (0..200).any(|n| map(None, K4, if n % 2 == 0 { RW } else { libc::PROT_READ }).is_err())
+}
+
 /// Uses `count` ranges of 64 KiB with a range's distance between them, and checks them all.
 fn many_ranges(rt: &Runtime, area: &Area, copy: &mut Piece, count: u64, key: u8) -> u64 {
     for i in 0..count {
@@ -59,6 +64,28 @@ fn the_limit_of_mappings() {
         };
         let away = many_ranges(&rt, &area, &mut copy, count, 2);
         many_ranges(&rt, &area, &mut copy, count, 3);
+        // No mapping to spare, and two ranges on the device: the CPU reads one, the other is evicted, taken again, and a
+        // third is unmapped.
+        let part = |i: u64| (area.at + i * 2 * K64, (i * 2 * K64) as usize..(i * 2 * K64 + K64) as usize);
+        for i in 0..2 {
+            device_xor(&rt, part(i).0, K64, 9).unwrap();
+            xor(&mut copy.bytes[part(i).1], 9);
+        }
+        let there = |i: u64| rt.residence(part(i).0, K64).unwrap().device;
+        assert_eq!([there(0), there(1)], [K64; 2], "they were registered before");
+        assert!(map(None, K4, RW).is_err() || no_more_mappings(), "the limit is reached");
+        same(&cpu_read(part(0).0, K64), &copy.bytes[part(0).1], "read at the limit");
+        rt.evict(part(1).0, K64).unwrap();
+        same(&cpu_read(part(1).0, K64), &copy.bytes[part(1).1], "evicted at the limit");
+        device_xor(&rt, part(1).0, K64, 5).unwrap();
+        xor(&mut copy.bytes[part(1).1], 5);
+        same(&device_read(&rt, part(1).0, K64).unwrap(), &copy.bytes[part(1).1], "taken again at the limit");
+        device_xor(&rt, part(0).0, K64, 0).unwrap();
+        unmap(part(0).0, K64);
+        assert!(device_read(&rt, part(0).0, 1).is_err(), "unmapped at the limit, and the device sees it");
+        map(Some(part(0).0), K64, RW).unwrap();
+        copy.bytes[part(0).1].fill(0);
+        same(&cpu_read(copy.at, copy.len()), &copy.bytes, "all ranges at the limit");
         unmap(at, len);
         // Room again: what was reached over the link may move from now on.
         (0..count).for_each(|i| advise(area.at + i * 2 * K64, K64, libc::MADV_DONTNEED).unwrap());

@@ -275,3 +275,76 @@ fn what_takes_the_place_of_a_file_migrates() {
         unmap(reserved, 2 * M2);
     });
 }
+
+/// Mappings that the kernel says are under userfaultfd for missing pages.
+fn watched() -> Vec<(u64, u64)> {
+    let text = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let (mut found, mut at) = (Vec::new(), (0, 0));
+    for line in text.lines() {
+        let first = line.split(' ').next().unwrap();
+        let span = first
+            .split_once('-')
+            .and_then(|(a, b)| Some((u64::from_str_radix(a, 16).ok()?, u64::from_str_radix(b, 16).ok()?)));
+        at = span.unwrap_or(at);
+        if line.strip_prefix("VmFlags:").is_some_and(|flags| flags.split(' ').any(|f| f == "um")) {
+            found.push(at);
+        }
+    }
+    found
+}
+
+/// Without what usvm keeps for itself (its shadow): those that are the program's.
+fn watched_of_the_program(own: &[(u64, u64)]) -> Vec<(u64, u64)> {
+    watched().into_iter().filter(|(a, b)| !own.iter().any(|(c, d)| a >= c && b <= d)).collect()
+}
+
+#[test]
+fn only_what_the_device_used_is_registered() {
+    isolated("only_what_the_device_used_is_registered", || {
+        let (used, mut piece) = Area::filled(2 * M2, false, &mut Rng::new(1));
+        let (_beside, _bytes) = Area::filled(2 * M2, false, &mut Rng::new(2));
+        assert_eq!(watched(), [], "before usvm runs");
+        let rt = runtime(64 << 20);
+        assert_eq!(rt.host().registered_spans(), []);
+        let own = watched();
+        let bytes: u64 = own.iter().map(|(a, b)| b - a).sum();
+        assert!(bytes <= rt.host().shadow_mapped_bytes(), "{bytes:#x} bytes are watched: {own:x?}");
+        // A range at home is read by nobody, and a launch that uses no memory watches none.
+        rt.launch(0, |_| Ok(())).wait(None).unwrap();
+        assert_eq!(watched_of_the_program(&own), []);
+        let at = used.at;
+        rt.launch(0, move |gpu| gpu.load_u64(at + K4).map(drop)).wait(None).unwrap();
+        let now = watched_of_the_program(&own);
+        assert!(!now.is_empty() && now.iter().all(|(a, b)| *a >= at && *b <= at + used.len), "{now:x?}");
+        assert!(now.iter().any(|(a, b)| (*a..*b).contains(&(at + K4))), "{now:x?}");
+        piece.check(&rt, "all of it");
+        let now = watched_of_the_program(&own);
+        assert!(now.iter().all(|(a, b)| *a >= at && *b <= at + used.len), "{now:x?}");
+        rt.shutdown();
+        assert_eq!(watched_of_the_program(&own), [], "after the end");
+    });
+}
+
+#[test]
+fn a_hole_in_a_shared_mapping_reads_as_zeroes() {
+    isolated("a_hole_in_a_shared_mapping_reads_as_zeroes", || {
+        let rt = runtime(64 << 20);
+        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let at = unsafe { libc::mmap(std::ptr::null_mut(), M2 as usize, RW, flags, -1, 0) } as u64;
+        let mut piece = fill(at, M2, 3);
+        piece.check(&rt, "shared");
+        for (off, len) in [(3 * K4, 5 * K4), (K64, K64), (0, M2)] {
+            advise(at + off, len, libc::MADV_REMOVE).unwrap();
+            piece.bytes[off as usize..(off + len) as usize].fill(0);
+            // The device looks first: it has it mapped.
+            same(
+                &device_read(&rt, at, M2).unwrap(),
+                &piece.bytes,
+                format_args!("the device, hole at {off:#x}"),
+            );
+            piece.check(&rt, "with a hole");
+        }
+        unmap(at, M2);
+    });
+}

@@ -14,6 +14,8 @@ static ALLOC: usvm::Routed<std::alloc::System> = usvm::Routed(std::alloc::System
 /// A thread's part of the mapping: no multiple of a chunk, so that ranges have several owners.
 const PART: u64 = 3 * M2 / 2 + 3 * K64 + 5 * K4;
 const THREADS: u64 = 4;
+/// Runs of several pages that one mremap moved.
+static MANY: AtomicU64 = AtomicU64::new(0);
 
 /// One owner.
 struct Owner {
@@ -69,7 +71,7 @@ impl Owner {
     fn step(&mut self) {
         let (off, len) = self.free_run();
         let at = self.piece.at + off;
-        let op = self.rng.below(20);
+        let op = self.rng.below(25);
         if self.log.len() == 10 {
             self.log.remove(0);
         }
@@ -139,6 +141,70 @@ impl Owner {
                 let to = if self.rng.below(2) == 0 { Location::Host } else { Location::Device(0) };
                 self.rt.prefetch(at, len, to).wait(None).unwrap_or_else(|e| panic!("{e} {}", why(self)));
             }
+            19 => {
+                // DONTUNMAP: the contents go, the mapping stays and is empty.
+                let len = len.min(8 * K4);
+                let there = self.aside.at + off;
+                for page in (0..len).step_by(K4 as usize) {
+                    let to = Some(there + page);
+                    remap(at + page, K4, K4, libc::MREMAP_DONTUNMAP, to)
+                        .unwrap_or_else(|e| panic!("{e} {}", why(self)));
+                }
+                same(&cpu_read(there, len), self.want(off, len), why(self));
+                same(&cpu_read(at, len), &vec![0; len as usize], why(self));
+                let seen = device_read(&self.rt, at, len).unwrap_or_else(|e| panic!("{e} {}", why(self)));
+                same(&seen, &vec![0; len as usize], why(self));
+                shift(there, len, at);
+                map(Some(there), len, libc::PROT_NONE).unwrap();
+            }
+            20 => {
+                // Grown and moved in one call; what is new is empty.
+                let there = self.aside.at + off;
+                let room = (PART - off).min(4 * K4) / K4 * K4;
+                remap(at, K4, room, 0, Some(there)).unwrap_or_else(|e| panic!("{e} {}", why(self)));
+                let mut want = self.want(off, K4).to_vec();
+                want.resize(room as usize, 0);
+                let seen = device_read(&self.rt, there, room).unwrap_or_else(|e| panic!("{e} {}", why(self)));
+                same(&seen, &want, why(self));
+                same(&cpu_read(there, room), &want, why(self));
+                shift(there, K4, at);
+                map(Some(there), room, libc::PROT_NONE).unwrap();
+            }
+            21 => {
+                // Many pages in one call, where they are one mapping.
+                let there = self.aside.at + off;
+                match remap(at, len, len, 0, Some(there)) {
+                    Ok(_) => {
+                        MANY.fetch_add(1, Ordering::Relaxed);
+                        same(&cpu_read(there + len - K4, K4), self.want(off + len - K4, K4), why(self));
+                        shift(there, len, at);
+                    }
+                    Err(e) => {
+                        assert_eq!(e.raw_os_error(), Some(libc::EFAULT), "{}", why(self));
+                        // Since 6.17 the kernel moves mapping after mapping, and what it moved before it stopped is there.
+                        for page in (0..len).step_by(K4 as usize).filter(|page| !mapped(at + page)) {
+                            shift(there + page, K4, at + page);
+                        }
+                    }
+                }
+                map(Some(there), len, libc::PROT_NONE).unwrap();
+            }
+            22 => {
+                advise(at, len, libc::MADV_FREE).unwrap();
+                for page in (0..len).step_by(K4 as usize) {
+                    let seen = cpu_read(at + page, K4);
+                    let well = seen == self.want(off + page, K4) || seen.iter().all(|b| *b == 0);
+                    assert!(well, "foreign contents after MADV_FREE: {}", why(self));
+                }
+                // Written, contents are certain again.
+                let bytes = self.rng.bytes(len);
+                cpu_write(at, &bytes);
+                self.piece.bytes[off as usize..(off + len) as usize].copy_from_slice(&bytes);
+            }
+            23 => {
+                let answer = advise(at, len, libc::MADV_REMOVE);
+                assert_eq!(answer.unwrap_err().raw_os_error(), Some(libc::EINVAL), "{}", why(self));
+            }
             _ => {
                 // SAFETY: locks and unlocks memory of this owner.
                 unsafe {
@@ -148,6 +214,13 @@ impl Owner {
             }
         }
     }
+}
+
+/// Whether anything is mapped there.
+fn mapped(page: u64) -> bool {
+    let mut there = 0u8;
+    // SAFETY: asks about one page; the answer is one byte.
+    unsafe { libc::mincore(page as *mut _, K4 as usize, &mut there) == 0 }
 }
 
 /// mremap of `[at, at + len)` to `to`, page by page: one call cannot move several mappings, and usvm's other threads cut
@@ -199,6 +272,7 @@ fn seeds(name: &'static str, vram: u64, from: u64) {
             let steps = owners(&rt, seed, Duration::from_millis(1500));
             assert!(steps > 40, "only {steps} steps");
         }
+        println!("{} runs moved by one call", MANY.load(Ordering::Relaxed));
         assert!(rt.stats().cpu_faults > 20 && rt.stats().bytes_to_device > 8 << 20, "{}", rt.stats());
         rt.shutdown();
     });
@@ -268,7 +342,7 @@ fn harmless_calls_during_migrations() {
                 let first = rng.below(len / K4);
                 let count = 1 + rng.below(len / K4 - first);
                 let (from, bytes) = (at + first * K4, count * K4);
-                match rng.below(7) {
+                match rng.below(8) {
                     0 => drop(advise(from, bytes, libc::MADV_HUGEPAGE)),
                     1 => drop(advise(from, bytes, libc::MADV_NOHUGEPAGE)),
                     2 => drop(advise(from, bytes, libc::MADV_COLLAPSE)),
@@ -278,7 +352,15 @@ fn harmless_calls_during_migrations() {
                         libc::mlock(from as *const _, K4 as usize);
                         libc::munlock(from as *const _, K4 as usize);
                     },
-                    5 => drop(advise(from, bytes, libc::MADV_DONTFORK)),
+                    5 => {
+                        advise(from, bytes, libc::MADV_DONTFORK).unwrap();
+                        advise(from, bytes, libc::MADV_DOFORK).unwrap();
+                    }
+                    // SAFETY: as above.
+                    6 => unsafe {
+                        assert_eq!(libc::mlock(at as *const _, len as usize), 0);
+                        assert_eq!(libc::munlock(at as *const _, len as usize), 0);
+                    },
                     _ => protect(from, bytes, RW | if rng.below(2) == 0 { libc::PROT_EXEC } else { 0 }),
                 }
                 calls += 1;

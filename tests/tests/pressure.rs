@@ -110,6 +110,20 @@ impl Group {
         Ok(group)
     }
 
+    /// Bytes charged to it.
+    fn used(&self) -> u64 {
+        let names = ["memory.usage_in_bytes", "memory.current"];
+        let text = names.iter().find_map(|name| std::fs::read_to_string(self.0.join(name)).ok()).unwrap();
+        text.trim().parse().unwrap()
+    }
+
+    /// Sets another limit.
+    fn limit(&self, bytes: u64) {
+        let file =
+            ["memory.limit_in_bytes", "memory.max"].into_iter().find(|name| self.0.join(name).exists());
+        std::fs::write(self.0.join(file.unwrap()), bytes.to_string()).unwrap();
+    }
+
     /// Times the kernel killed somebody of it.
     fn killed(&self) -> u64 {
         let text = ["memory.oom_control", "memory.events"]
@@ -130,14 +144,77 @@ impl Drop for Group {
     }
 }
 
-/// 64 MiB of data, 32 MiB of device memory (which is charged, too, as it is a memfd), 160 MiB in all: what may be retained
-/// besides is far less than what would be.
+/// The calling process in a group in which everything on the device has its pages kept, and then little is left.
+fn squeezed(knows: bool) -> Option<(u64, u64)> {
+    let enter =
+        || Group::enter(1 << 30).map_err(|e| println!("skipped: no memory cgroup can be made: {e}")).ok();
+    let device = 96 << 20;
+    // What a runtime does not know of it cannot heed: it looks at the groups around it when it starts.
+    let (group, runtime) = if knows {
+        let group = enter()?;
+        (group, runtime(Config::default(), &[device]))
+    } else {
+        let runtime = runtime(Config::default(), &[device]);
+        (enter()?, runtime)
+    };
+    let pieces: Vec<Mem> = (0..4).map(|_| Mem::filled(24 << 20, 1)).collect();
+    pieces.iter().for_each(|mem| to_device(&runtime, mem, 2));
+    std::thread::sleep(Duration::from_millis(300));
+    let before = runtime.stats().retained_host_bytes;
+    assert_eq!(before, device, "with room enough all is kept\n{}", runtime.stats());
+    // Room for what is there and 24 MiB: less than twice a sixteenth of it.
+    let limit = group.used() + (24 << 20);
+    assert!(limit / 8 > 24 << 20, "{limit}");
+    group.limit(limit);
+    let began = Instant::now();
+    let mut after = before;
+    while began.elapsed() < Duration::from_millis(1500) {
+        after = after.min(runtime.stats().retained_host_bytes);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    for (n, mem) in pieces.iter().enumerate() {
+        let (at, len) = (mem.at, mem.len);
+        on_gpu(&runtime, move |gpu| gpu_check(gpu, at, len, 0, 2)).unwrap();
+        if n == 0 {
+            mem.check(2);
+        }
+    }
+    assert_eq!(group.killed(), 0);
+    runtime.shutdown();
+    pieces.iter().for_each(|mem| mem.check(2));
+    Some((before, after))
+}
+
 #[test]
 fn a_memory_cgroup_with_little_room() {
     if !is_child("a_memory_cgroup_with_little_room") {
         return;
     }
     let _alone = alone("cgroup", 100);
+    let Some((before, after)) = squeezed(true) else { return };
+    println!("{} MiB retained, {} MiB under pressure", before >> 20, after >> 20);
+    assert!(after <= before - (4 << 20), "{before} bytes retained, {after} under pressure");
+    assert!(after >= before / 4, "more was given back than had to be: {after} of {before}");
+}
+
+/// The control: a runtime that does not know the limit keeps everything, so it is the budget that gives back.
+#[test]
+fn a_limit_that_nobody_knows_changes_nothing() {
+    if !is_child("a_limit_that_nobody_knows_changes_nothing") {
+        return;
+    }
+    let _alone = alone("cgroup, unknown", 100);
+    let Some((before, after)) = squeezed(false) else { return };
+    assert_eq!(after, before);
+}
+
+/// 64 MiB of data, 32 MiB of device memory (which is charged, too, as it is a memfd), 144 MiB in all.
+#[test]
+fn a_working_set_in_a_small_memory_cgroup() {
+    if !is_child("a_working_set_in_a_small_memory_cgroup") {
+        return;
+    }
+    let _alone = alone("small cgroup", 100);
     let group = match Group::enter(144 << 20) {
         Ok(group) => group,
         Err(e) => return println!("skipped: no memory cgroup can be made: {e}"),

@@ -485,3 +485,98 @@ fn a_signal_handler_on_a_stack_that_is_on_the_device() {
         assert_eq!(libc::sigaltstack(&old_stack, std::ptr::null_mut()), 0);
     }
 }
+
+/// Memory that a socket still sends from, without a copy, while the device takes it and the CPU fetches it back.
+#[test]
+fn zerocopy_sends_from_a_range_that_migrates() {
+    if !kernel_faults() {
+        return;
+    }
+    const MSG_ZEROCOPY: i32 = 0x400_0000;
+    let _alone = alone("MSG_ZEROCOPY", 60);
+    let (runtime, mem) = away(2);
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let sender = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (mut receiver, _) = listener.accept().unwrap();
+    let on = 1i32;
+    // SAFETY: a live integer of the given length.
+    let set = unsafe {
+        libc::setsockopt(
+            sender.as_raw_fd(),
+            libc::SOL_SOCKET,
+            60,
+            (&raw const on).cast(),
+            size_of::<i32>() as u32,
+        )
+    };
+    if set != 0 {
+        println!("skipped: SO_ZEROCOPY: {}", std::io::Error::last_os_error());
+        return;
+    }
+    sender.set_nonblocking(true).unwrap();
+    let at = mem.at;
+    for seed in 3..9u64 {
+        on_gpu(&runtime, move |gpu| gpu_fill(gpu, at, LEN, 0, seed)).unwrap();
+        assert!(runtime.residence(at, LEN).unwrap().device > 0);
+        // As much as the socket takes: nobody receives, so most of it waits in the queue by reference.
+        let mut sent = 0;
+        let mut calls = 0u32;
+        while sent < LEN as usize {
+            let iov =
+                libc::iovec { iov_base: mem.ptr(sent as u64), iov_len: (LEN as usize - sent).min(256 << 10) };
+            // SAFETY: plain integers and pointers, of which zero is none.
+            let mut msg: libc::msghdr = unsafe { std::mem::zeroed() };
+            (msg.msg_iov, msg.msg_iovlen) = (&raw const iov as *mut _, 1);
+            // SAFETY: the message and the mapping it names are live; the kernel keeps the pages it needs for longer.
+            let n = unsafe { libc::sendmsg(sender.as_raw_fd(), &msg, MSG_ZEROCOPY) };
+            if n < 0 {
+                let e = std::io::Error::last_os_error();
+                assert!(matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::ENOBUFS)), "{e}");
+                break;
+            }
+            sent += n as usize;
+            calls += 1;
+        }
+        assert!(sent > 64 << 10, "{sent}");
+        // The device reads it, which takes what can be taken; the CPU fetches it back; retained pages go.
+        for _ in 0..3 {
+            on_gpu(&runtime, move |gpu| gpu_check(gpu, at, LEN, 0, seed)).unwrap();
+            mem.check(seed);
+            runtime.prefetch(at, LEN, usvm::Location::Device(0)).wait(None).unwrap();
+        }
+        let mut got = vec![0; sent];
+        receiver.read_exact(&mut got).unwrap();
+        let want: Vec<u8> = (0..LEN / 8).flat_map(|i| value(seed, i).to_le_bytes()).take(sent).collect();
+        assert!(got == want, "the receiver got other bytes with seed {seed}");
+        finished(&sender, calls);
+    }
+    // The socket has let go of all of it.
+    to_device(&runtime, &mem, 20);
+    mem.check(20);
+}
+
+/// Waits until the kernel has said of `calls` sends that their memory is free.
+fn finished(socket: &std::net::TcpStream, calls: u32) {
+    let began = std::time::Instant::now();
+    let mut done = 0;
+    while done < calls {
+        let mut control = [0u64; 32];
+        // SAFETY: plain integers and pointers, of which zero is none.
+        let mut msg: libc::msghdr = unsafe { std::mem::zeroed() };
+        (msg.msg_control, msg.msg_controllen) = (control.as_mut_ptr().cast(), size_of_val(&control));
+        // SAFETY: a live message with a buffer of the given length.
+        let n = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut msg, libc::MSG_ERRQUEUE) };
+        if n < 0 {
+            assert!(began.elapsed().as_secs() < 10, "{done} of {calls} sends are finished");
+            std::thread::sleep(std::time::Duration::from_millis(1));
+            continue;
+        }
+        // A struct sock_extended_err behind the header: errno, four bytes, then the first and the last send.
+        // SAFETY: the kernel filled the header and what follows it.
+        let (first, last) = unsafe {
+            let data = libc::CMSG_DATA(libc::CMSG_FIRSTHDR(&msg)).cast::<u32>();
+            (data.add(2).read_unaligned(), data.add(3).read_unaligned())
+        };
+        done += last.wrapping_sub(first) + 1;
+    }
+}

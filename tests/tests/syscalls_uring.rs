@@ -99,3 +99,61 @@ fn registered_buffers_stay_where_they_are() {
     to_device(&runtime, &mem, 20);
     mem.check(20);
 }
+
+/// A read that was submitted and waits for its data while the device takes the memory away, changes it, and gives it
+/// back: the data arrives, and nothing else changes.
+#[test]
+fn reads_in_flight_while_the_device_takes_the_range() {
+    use std::io::Write;
+    if !kernel_faults() {
+        return;
+    }
+    let _alone = alone("io_uring in flight", 60);
+    let Some(mut ring) = ring() else { return };
+    let (runtime, mem) = away(2);
+    const PART: u64 = 3 * K4;
+    for round in 3..23u64 {
+        let fixed = round % 2 == 0;
+        if fixed {
+            let buffer = libc::iovec { iov_base: mem.ptr(K64), iov_len: PART as usize };
+            // SAFETY: the mapping outlives the ring.
+            if let Err(e) = unsafe { ring.submitter().register_buffers(&[buffer]) } {
+                println!("skipped: registered buffers: {e}");
+                continue;
+            }
+        }
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        let fd = types::Fd(reader.as_raw_fd());
+        let (to, len) = (mem.ptr(K64).cast(), PART as u32);
+        let entry = if fixed {
+            opcode::ReadFixed::new(fd, to, len, 0).build()
+        } else {
+            opcode::Read::new(fd, to, len).build()
+        };
+        let flags = if round % 4 < 2 { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
+        // SAFETY: the buffer is in a mapping that outlives the completion, which is waited for below.
+        unsafe { ring.submission().push(&entry.flags(flags)).unwrap() };
+        ring.submit().unwrap();
+        assert!(ring.completion().next().is_none(), "it must still wait");
+        let (at, all) = (mem.at, mem.len);
+        on_gpu(&runtime, move |gpu| gpu_fill(gpu, at, all, 0, round)).unwrap();
+        if !fixed {
+            assert!(runtime.residence(at, all).unwrap().device > 0, "round {round}");
+        }
+        writer.write_all(&image(round + 50, PART)).unwrap();
+        ring.submit_and_wait(1).unwrap();
+        assert_eq!(ring.completion().next().unwrap().result(), PART as i32, "round {round}");
+        let from = K64 / 8;
+        on_gpu(&runtime, move |gpu| {
+            gpu_check(gpu, at, K64, 0, round)?;
+            gpu_check(gpu, at + K64, PART, 0, round + 50)?;
+            gpu_check(gpu, at + K64 + PART, all - K64 - PART, from + PART / 8, round)
+        })
+        .unwrap();
+        mem.check_words(K64, PART, |i| value(round + 50, i - from));
+        mem.check_words(0, K64, |i| value(round, i));
+        if fixed {
+            ring.submitter().unregister_buffers().unwrap();
+        }
+    }
+}

@@ -44,6 +44,7 @@ use talc::base::Talc;
 use talc::source::Manual;
 
 use crate::ground::addr::Span;
+use crate::ground::inject::{self, Call};
 
 /// Who the current thread allocates as.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -350,8 +351,9 @@ impl Area {
     fn reserve(&self, heap: &mut Heap) -> bool {
         let mut size = 64usize << 30;
         while size >= STEP {
+            let asked = inject::check(Call::HeapMemory);
             // SAFETY: a new private anonymous mapping at an address of the kernel's choice touches nothing else.
-            let at = unsafe {
+            let map = || unsafe {
                 libc::mmap(
                     ptr::null_mut(),
                     size,
@@ -361,6 +363,7 @@ impl Area {
                     0,
                 )
             };
+            let at = if asked.is_ok() { map() } else { libc::MAP_FAILED };
             if at != libc::MAP_FAILED && !eats_the_limit(size) {
                 self.opened.store(at as usize, Ordering::Relaxed);
                 self.end.store(at as usize + size, Ordering::Release);
@@ -380,17 +383,14 @@ impl Area {
     fn grow(&self, heap: &mut Heap, bytes: usize) -> bool {
         let base = self.base.load(Ordering::Relaxed);
         let opened = self.opened.load(Ordering::Relaxed);
-        // As much again as there is, so that growing costs little in all.
-        let wanted = bytes.max(opened - base).next_multiple_of(STEP);
-        let more = wanted.min(self.end.load(Ordering::Relaxed) - opened);
+        // As much again as there is, so that growing costs little in all; if that is too much, what is needed.
+        let room = self.end.load(Ordering::Relaxed) - opened;
         let at = ptr::with_exposed_provenance_mut::<u8>(opened);
-        // SAFETY: `more` bytes of the area's own reservation, beyond what the heap has.
-        if more < bytes || unsafe { libc::mprotect(at.cast(), more, libc::PROT_READ | libc::PROT_WRITE) } != 0
-        {
-            return false;
-        }
+        let sizes = [bytes.max(opened - base), bytes].map(|size| size.next_multiple_of(STEP).min(room));
+        let fits = |more: &usize| *more >= bytes && open(at, *more);
+        let Some(more) = sizes.into_iter().find(fits) else { return false };
         // Huge pages make look-ups in large tables a third cheaper; without them it only gets slower.
-        // SAFETY: as above; the advice changes no contents.
+        // SAFETY: the area's own, opened above; the advice changes no contents.
         unsafe { libc::madvise(at.cast(), more, libc::MADV_HUGEPAGE) };
         let old_end = NonNull::new(ptr::with_exposed_provenance_mut(self.heap_end.load(Ordering::Relaxed)));
         // SAFETY: the bytes are accessible now, follow what the heap has, and nothing else uses them.
@@ -405,6 +405,15 @@ impl Area {
         self.opened.store(opened + more, Ordering::Relaxed);
         true
     }
+}
+
+/// Makes `len` bytes at `at`, of an area's reservation and beyond what its heap has, readable and writable.
+fn open(at: *mut u8, len: usize) -> bool {
+    if inject::check(Call::HeapMemory).is_err() {
+        return false;
+    }
+    // SAFETY: the area's own reservation, which nobody uses yet (both callers' promise).
+    unsafe { libc::mprotect(at.cast(), len, libc::PROT_READ | libc::PROT_WRITE) == 0 }
 }
 
 /// Least growth of an area, and the least that is of use.

@@ -18,6 +18,7 @@
 
 use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
 
+use crate::ground::inject::{self, Call};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 /// Descriptors that can be protected at once.
@@ -40,7 +41,9 @@ impl Kept {
     pub fn new(fd: OwnedFd) -> Self {
         let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(HIGH);
         let from = limit.min(HIGH).saturating_sub(PLACES as u64);
-        let fd = rustix::io::fcntl_dupfd_cloexec(&fd, from as RawFd).unwrap_or(fd);
+        let high = inject::check(Call::DupHigh).ok();
+        let high = high.and_then(|()| rustix::io::fcntl_dupfd_cloexec(&fd, from as RawFd).ok());
+        let fd = high.unwrap_or(fd);
         let number = fd.as_raw_fd();
         let free = |place: &&AtomicI32| {
             place.compare_exchange(FREE, number, Ordering::AcqRel, Ordering::Relaxed).is_ok()

@@ -17,6 +17,7 @@
 //! owns the signalling half must signal it on every path.
 
 use crate::ground::error::{Error, Result};
+use crate::ground::inject::{self, Call};
 use rustix::fs::Timespec;
 use rustix::io::Errno;
 use rustix::thread::futex;
@@ -95,7 +96,7 @@ impl State {
             let tv_sec = i64::try_from(d.as_secs()).ok()?;
             Some(Timespec { tv_sec, tv_nsec: i64::from(d.subsec_nanos()) })
         });
-        match futex::wait(&self.word, futex::Flags::PRIVATE, seen, left.as_ref()) {
+        match wait_on(&self.word, seen, left.as_ref()) {
             Ok(()) | Err(Errno::AGAIN | Errno::INTR | Errno::TIMEDOUT) => {}
             // No reason to return before the event; without the system call, looking again is all there is.
             Err(_) => std::thread::yield_now(),
@@ -105,6 +106,16 @@ impl State {
     fn debug(&self, name: &str, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple(name).field(&self.status()).finish()
     }
+}
+
+/// Sleeps while `word` is `seen`, at most `left`. An error or an early return means no more than to look again.
+pub(crate) fn wait_on(
+    word: &AtomicU32,
+    seen: u32,
+    left: Option<&Timespec>,
+) -> std::result::Result<(), Errno> {
+    inject::check(Call::Futex).map_err(|e| Errno::from_raw_os_error(e.0))?;
+    futex::wait(word, futex::Flags::PRIVATE, seen, left)
 }
 
 /// Something that happens once and may fail: both halves of a [`Fence`]. Clones are the same event.

@@ -16,6 +16,7 @@ use std::thread::JoinHandle;
 
 use crossbeam_utils::sync::ShardedLock;
 use nix::sys::signal::SigSet;
+use rustix::io::Errno;
 use rustix::thread::{Pid, gettid};
 
 use crate::ground::alloc;
@@ -117,8 +118,12 @@ impl Listed {
 /// The listed threads that do not live any more.
 pub fn dead() -> Vec<String> {
     let process = rustix::process::getpid();
+    // Whatever else the kernel answers, it does not say that the thread is gone.
     let gone = |tid: Pid| {
-        rustix::fs::stat(format!("/proc/{}/task/{}", process.as_raw_nonzero(), tid.as_raw_nonzero())).is_err()
+        inject::check(Call::Stat).is_ok() && {
+            let path = format!("/proc/{}/task/{}", process.as_raw_nonzero(), tid.as_raw_nonzero());
+            matches!(rustix::fs::stat(path), Err(Errno::NOENT | Errno::SRCH))
+        }
     };
     living().into_iter().filter(|(tid, _)| gone(*tid)).map(|(_, name)| name).collect()
 }

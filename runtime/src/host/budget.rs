@@ -85,6 +85,7 @@ impl File {
         let mut text = vec![0; 8192];
         let mut len = 0;
         while len < text.len() {
+            inject::check(Call::Read).ok()?;
             match rustix::io::pread(&self.0, &mut text[len..], len as u64) {
                 Ok(0) => break,
                 Ok(read) => len += read,

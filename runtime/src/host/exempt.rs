@@ -116,6 +116,7 @@ pub fn exempt_own_objects() -> Vec<Span> {
 /// Makes the pages with the program's arguments, environment and auxiliary vector exempt: other processes read them
 /// (`ps`), and no fault of theirs is served.
 pub fn exempt_arguments() -> Option<Span> {
+    crate::ground::inject::check(crate::ground::inject::Call::Open).ok()?;
     let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
     // Fields 28 and 51, counted from the state, the first after the name in parentheses.
     let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split_ascii_whitespace().collect();

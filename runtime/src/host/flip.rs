@@ -39,7 +39,6 @@ use crate::ground::addr::{PAGE_SHIFT, PageMask, SZ_4K, Span};
 use crate::ground::error::Errno;
 use crate::space::ports::{FlipError, FlipStop, Shadow, VmaKind};
 use rustix::fd::BorrowedFd;
-use rustix::fd::{AsFd, OwnedFd};
 use rustix::mm::Advice;
 
 /// How often pages that vanish during an outward flip make it look anew.
@@ -301,36 +300,6 @@ impl Host {
             }
         }
         Ok(())
-    }
-
-    /// Fills a forked child's holes at `app` with the `pages` of `shadow`, through the child's userfaultfd. What cannot be
-    /// filled is said: the child reads zeroes there.
-    pub fn fill_child(&self, child: &OwnedFd, app: Span, shadow: &Shadow, pages: &PageMask) {
-        for (first, count) in pages.runs() {
-            let (mut at, end) = (first, first + count);
-            while at < end {
-                let (to, from) = (app.page_run(at, end - at), shadow.span.page_run(at, end - at));
-                let mut done = 0;
-                // SAFETY: fills holes of the child, which cannot run there before; the source is a live shadow.
-                let copy = || unsafe { sys::uffd_copy(child.as_fd(), to.start, from.start, to.len()) };
-                let copied = self.patiently(|| {
-                    copy().map_err(|partial| {
-                        done = partial.done;
-                        if done > 0 { Errno(libc::EINPROGRESS) } else { partial.errno }
-                    })
-                });
-                at += match copied {
-                    Ok(()) => end - at,
-                    Err(_) if done > 0 => (done >> PAGE_SHIFT) as usize,
-                    // It has this page already.
-                    Err(Errno(libc::EEXIST)) => 1,
-                    Err(errno) => {
-                        tracing::error!(%errno, span = %to, "a forked child does not see this memory");
-                        break;
-                    }
-                };
-            }
-        }
     }
 
     /// Breaks copy-on-write of those `pages` of `app` that are there: each gets a page of its own. Pages stay where they

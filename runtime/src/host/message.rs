@@ -107,6 +107,11 @@ impl Channel {
         self.uffd.as_fd()
     }
 
+    /// Closes the userfaultfd behind its descriptor.
+    pub(super) fn retire(&self) -> sys::Result<()> {
+        sys::retire(self.uffd.as_fd(), self.wake.as_fd())
+    }
+
     /// Keeps messages unread while it is held.
     pub(super) fn hold_messages(&self) -> RwLockReadGuard<'_, ()> {
         self.gate.read().unwrap_or_else(PoisonError::into_inner)
@@ -188,6 +193,19 @@ impl Channel {
             }
         }
         Ok(out.len() - before)
+    }
+}
+
+/// Appends all messages queued on `uffd`, another process's, to `out`.
+pub(super) fn read_from(uffd: BorrowedFd<'_>, out: &mut Vec<Message>) -> sys::Result<()> {
+    let mut buf = [0u8; BATCH * MESSAGE];
+    loop {
+        match sys::read(uffd, &mut buf) {
+            Ok(len) => out.extend(buf[..len].chunks_exact(MESSAGE).filter_map(decode)),
+            Err(Errno(libc::EAGAIN)) => return Ok(()),
+            Err(Errno(libc::EINTR)) => {}
+            Err(errno) => return Err(errno),
+        }
     }
 }
 

@@ -14,7 +14,7 @@
 //! | `flip`, `remap` | moves pages between application and shadow |
 //! | `touched` | what usvm's own threads touch at home, and may wait for |
 //! | [`service`] | answers faults and events |
-//! | [`fork`] | what happens around a fork |
+//! | [`fork`] | what happens around a fork; `child`: what a child gets that was forked without it |
 //! | [`budget`] | how much host memory may be retained |
 //! | `sys` | the system calls of all of these |
 //!
@@ -27,6 +27,7 @@
 //! One process: a child of fork must not use its parent's [`Host`].
 
 pub mod budget;
+mod child;
 pub mod exempt;
 pub mod features;
 mod flip;
@@ -252,8 +253,9 @@ impl Host {
     /// Closes the userfaultfd, for ever: the kernel lets go of all memory, also what it had registered by itself, and of
     /// everybody who waits. What is missing then reads as zeroes: bring everything home before.
     pub fn close(&self) {
-        if let Err(errno) = sys::retire(self.channel.uffd()) {
-            tracing::error!(%errno, "the userfaultfd stays open");
+        if let Err(errno) = self.channel.retire() {
+            tracing::error!(%errno, "the userfaultfd stays open; letting go of what is known to be registered");
+            self.unregister_all();
         }
     }
 

@@ -52,6 +52,7 @@ use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use crate::ground::addr::{SZ_4K, align_down};
 use crate::ground::error::Result;
+use crate::ground::inject::{self, Call};
 use crate::host::Host;
 use crate::host::message::Message;
 use crate::space::svm::{Served, Svm, Wait};
@@ -468,7 +469,8 @@ fn take_ready(queue: &mut VecDeque<Fault>) -> Option<Fault> {
 
 /// The processors that this thread may run on; none where the kernel does not tell.
 fn allowed_processors() -> Vec<usize> {
-    let Ok(allowed) = sched_getaffinity(None) else { return Vec::new() };
+    let asked = inject::check(Call::Affinity).map_err(|e| rustix::io::Errno::from_raw_os_error(e.0));
+    let Ok(allowed) = asked.and_then(|()| sched_getaffinity(None)) else { return Vec::new() };
     (0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu)).collect()
 }
 
@@ -476,7 +478,8 @@ fn allowed_processors() -> Vec<usize> {
 fn stay_on(processor: usize) {
     let mut only = CpuSet::new();
     only.set(processor);
-    if let Err(errno) = sched_setaffinity(None, &only) {
+    let asked = inject::check(Call::Affinity).map_err(|e| rustix::io::Errno::from_raw_os_error(e.0));
+    if let Err(errno) = asked.and_then(|()| sched_setaffinity(None, &only)) {
         tracing::debug!(%errno, processor, "cannot stay there");
     }
 }

@@ -351,6 +351,7 @@ pub(super) fn read(fd: impl AsFd, buf: &mut [u8]) -> Result<usize> {
 
 /// Sets the position of `fd` to its start.
 pub(super) fn rewind(fd: impl AsFd) -> Result<()> {
+    inject::check(Call::Seek)?;
     Ok(rustix::fs::seek(fd, rustix::fs::SeekFrom::Start(0)).map(drop)?)
 }
 
@@ -434,6 +435,7 @@ pub(super) unsafe fn protect(span: Span, access: bool) -> Result<()> {
 
 /// munlock(2): for arenas of a process that said mlockall(MCL_FUTURE).
 pub(super) fn unlock(span: Span) -> Result<()> {
+    inject::check(Call::Munlock)?;
     // SAFETY: locking changes no contents.
     Ok(unsafe { rustix::mm::munlock(pointer(span.start), span.len() as usize) }?)
 }
@@ -482,12 +484,14 @@ pub(super) fn deny(span: Span) -> Result<()> {
     unsafe { protect(span, false) }
 }
 
-/// Closes what is behind `fd` at once, whoever else still uses the descriptor: from then on it is an empty eventfd, and
-/// userfaultfd calls on it fail.
-pub(super) fn retire(fd: BorrowedFd<'_>) -> Result<()> {
-    let nothing = eventfd()?;
+/// Closes what is behind `fd` at once, whoever else still uses the descriptor: from then on it is an eventfd, an empty one
+/// or, when there is no descriptor for that, `instead`; userfaultfd calls on it fail.
+pub(super) fn retire(fd: BorrowedFd<'_>, instead: BorrowedFd<'_>) -> Result<()> {
+    let nothing = eventfd();
+    let nothing = nothing.as_ref().map_or(instead, AsFd::as_fd);
+    inject::check(Call::Dup)?;
     // SAFETY: an open descriptor of ours; its owner goes on owning it, for this one is never dropped.
     let mut number = ManuallyDrop::new(unsafe { OwnedFd::from_raw_fd(fd.as_raw_fd()) });
     // By system call, not by libc's function, which the preload library keeps off usvm's own descriptors.
-    Ok(rustix::io::dup3(&nothing, &mut number, rustix::io::DupFlags::CLOEXEC)?)
+    Ok(rustix::io::dup3(nothing, &mut number, rustix::io::DupFlags::CLOEXEC)?)
 }

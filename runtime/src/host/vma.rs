@@ -240,6 +240,7 @@ impl Devices {
 fn device_of(flags: rustix::fs::MemfdFlags) -> Option<(u32, u32)> {
     crate::ground::inject::check(crate::ground::inject::Call::MemfdCreate).ok()?;
     let fd = rustix::fs::memfd_create("usvm-probe", flags | rustix::fs::MemfdFlags::CLOEXEC).ok()?;
+    crate::ground::inject::check(crate::ground::inject::Call::Stat).ok()?;
     let device = rustix::fs::fstat(&fd).ok()?.st_dev;
     Some((rustix::fs::major(device), rustix::fs::minor(device)))
 }

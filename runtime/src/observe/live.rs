@@ -188,6 +188,7 @@ impl Page {
             watch: Mutex::default(),
         };
         for advice in [Advice::LinuxDontFork, Advice::LinuxDontDump] {
+            inject::check(Call::Madvise).map_err(|e| Error::os("madvise", e))?;
             // SAFETY: exactly this mapping, and neither advice drops pages.
             unsafe { mm::madvise(base, SIZE, advice) }.map_err(|e| Error::os("madvise", e))?;
         }
@@ -281,15 +282,18 @@ fn sealed_file() -> Result<OwnedFd> {
     inject::check(Call::MemfdCreate).map_err(|e| Error::os("memfd_create", e))?;
     let options = memfd::MemfdOptions::default().close_on_exec(true).allow_sealing(true);
     let file = options.create(NAME).map_err(failed)?;
+    inject::check(Call::Ftruncate).map_err(|e| Error::os("ftruncate", e))?;
     file.as_file()
         .set_len(SIZE as u64)
         .map_err(|e| Error::os("ftruncate", Errno(e.raw_os_error().unwrap_or(libc::EIO))))?;
     let seals = [memfd::FileSeal::SealShrink, memfd::FileSeal::SealGrow, memfd::FileSeal::SealSeal];
+    inject::check(Call::Seal).map_err(|e| Error::os("fcntl(F_ADD_SEALS)", e))?;
     file.add_seals(&seals).map_err(failed)?;
     Ok(file.into_file().into())
 }
 
 fn identity(fd: BorrowedFd<'_>) -> Result<(u64, u64)> {
+    inject::check(Call::Stat).map_err(|e| Error::os("fstat", e))?;
     let stat = rustix::fs::fstat(fd).map_err(|e| Error::os("fstat", e))?;
     Ok((stat.st_dev, stat.st_ino))
 }

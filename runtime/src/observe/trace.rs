@@ -22,6 +22,7 @@
 
 use super::stats::{Cause, Counter, Direction, Stats};
 use crate::ground::error::{Errno, Error, Result};
+use crate::ground::inject::{self, Call};
 use crate::ground::thread;
 use crossbeam_utils::CachePadded;
 use serde_json::{Value, json};
@@ -280,7 +281,8 @@ impl Trace {
     /// Begins to record into a ring of `capacity` events (rounded up to a power of two) and to write them to `path`.
     /// `devices` are the names of the devices by index. Errors: the file cannot be made, the trace was started before.
     pub fn start(&self, path: &Path, capacity: usize, devices: &[String]) -> Result<()> {
-        let file = File::create(path).map_err(|e| Error::Invalid {
+        let opened = inject::check(Call::Open).map_err(|e| io::Error::from_raw_os_error(e.0));
+        let file = opened.and_then(|()| File::create(path)).map_err(|e| Error::Invalid {
             argument: "USVM_TRACE",
             reason: format!("cannot create {}: {e}", path.display()),
         })?;
@@ -391,9 +393,23 @@ fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
+/// The file, as failures are injected.
+struct Asked(File);
+
+impl Write for Asked {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        inject::check(Call::Write).map_err(|e| io::Error::from_raw_os_error(e.0))?;
+        self.0.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
+
 /// The writer thread.
 fn write_until_stopped(writing: &Writing, file: File, devices: &[String]) {
-    let mut out = ChromeWriter::new(BufWriter::with_capacity(1 << 16, file), devices);
+    let mut out = ChromeWriter::new(BufWriter::with_capacity(1 << 16, Asked(file)), devices);
     loop {
         // Read before draining: what was pushed before the stop is then still drained.
         let last = writing.stop.load(Acquire);

@@ -23,7 +23,7 @@ use rustix::thread::futex;
 
 use crate::ground::alloc;
 use crate::ground::error::{Errno, Error, Result};
-use crate::ground::sync::{Event, Fence};
+use crate::ground::sync::{Event, Fence, wait_on};
 use crate::ground::thread;
 
 type Request = Box<dyn FnOnce() + Send>;
@@ -159,7 +159,7 @@ impl Shared {
                 None if self.stop.load(Ordering::SeqCst) => return self.refuse_the_rest(),
                 None => {
                     // Woken early or not at all because the word changed: look again either way.
-                    let _ = futex::wait(&self.arrivals, futex::Flags::PRIVATE, seen, None);
+                    let _ = wait_on(&self.arrivals, seen, None);
                 }
             }
         }

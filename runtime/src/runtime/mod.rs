@@ -48,6 +48,7 @@ use crate::device::sim::{self, Gpu, Profile, SimConfig, SimDevice};
 use crate::ground::addr::{SZ_64K, Span};
 use crate::ground::config::Config;
 use crate::ground::error::{Errno, Error, Result};
+use crate::ground::inject::{self, Call};
 use crate::ground::sync::Fence;
 use crate::ground::{alloc, fds, thread};
 use crate::host::fork::{self, Handlers};
@@ -234,9 +235,8 @@ fn start(builder: Builder) -> Result<Runtime> {
             workers(&config),
             Duration::from_micros(config.spin_us),
             move |child, read_on| {
-                filled.for_child(read_on, |span, pages, shadow| {
-                    host_of_child.fill_child(&child, span, shadow, pages)
-                });
+                let mut child = host_of_child.child(child);
+                filled.for_child(read_on, |span, pages, shadow| child.give(span, pages, shadow));
             },
         ))
     };
@@ -491,7 +491,9 @@ impl Inner {
             let _ = write!(std::io::stderr(), "{snapshot}");
         }
         if let Some(path) = self.config.stats_path(std::process::id())
-            && let Err(e) = std::fs::write(&path, snapshot.to_json())
+            && let Err(e) = inject::check(Call::Open)
+                .map_err(|e| std::io::Error::from_raw_os_error(e.0))
+                .and_then(|()| std::fs::write(&path, snapshot.to_json()))
         {
             tracing::error!("cannot write the statistics to {}: {e}", path.display());
         }

@@ -46,6 +46,7 @@ pub mod invalidate;
 mod lookup;
 pub mod mover;
 pub mod notifier;
+mod order;
 pub mod pages;
 pub mod ports;
 mod primitive;
@@ -59,6 +60,8 @@ mod tree;
 
 #[cfg(test)]
 mod commit_tests;
+#[cfg(test)]
+mod eviction_tests;
 #[cfg(test)]
 mod fake;
 #[cfg(test)]

@@ -16,13 +16,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use lru::LruCache;
-
 use crate::ground::addr::{PageMask, SZ_2M, SZ_4K, SZ_64K, Span};
 use crate::ground::error::{Error, Result};
 use crate::observe::observer::Observer;
 use crate::observe::stats::{Cause, Counter, Direction};
 use crate::space::notifier::RangeFlags;
+use crate::space::order::{AGED, Class, Order};
 use crate::space::ports::{Backing, Bo, Device, FlipError, GpuAccess, HostMemory, Placement, Policy, Shadow};
 use crate::space::range::Range as SpaceRange;
 use crate::space::residency::{Moved, Residency, State, bytes};
@@ -34,6 +33,10 @@ pub type Range = SpaceRange<Residency>;
 
 /// How soon after its arrival a return counts as thrashing, and an arrival after a return.
 const THRASH_WINDOW: Duration = Duration::from_millis(5);
+/// Shared copies that an eviction looks at before it takes others.
+const FEW: usize = 16;
+/// Ranges in use that an eviction passes over.
+const SECOND_CHANCES: usize = 32;
 
 /// Pages that a copy into fresh ones brings home sooner than a flip: the flip has every other processor flush its TLB.
 const FEW: usize = (SZ_64K / SZ_4K) as usize;
@@ -41,7 +44,7 @@ const FEW: usize = (SZ_64K / SZ_4K) as usize;
 /// One device and the order in which its memory was used.
 pub(crate) struct Place {
     pub(crate) device: Arc<dyn Device>,
-    lru: Mutex<LruCache<u64, Arc<Range>>>,
+    lru: Mutex<Order>,
 }
 
 /// Moves ranges between host and devices.
@@ -111,10 +114,8 @@ impl Mover {
         policy: Arc<dyn Policy>,
         observer: Arc<Observer>,
     ) -> Self {
-        let places = devices
-            .into_iter()
-            .map(|device| Place { device, lru: Mutex::new(LruCache::unbounded()) })
-            .collect();
+        let places =
+            devices.into_iter().map(|device| Place { device, lru: Mutex::new(Order::new()) }).collect();
         Self {
             host,
             places,
@@ -157,7 +158,7 @@ impl Mover {
         &self.released
     }
 
-    fn lru(&self, device: u32) -> MutexGuard<'_, LruCache<u64, Arc<Range>>> {
+    fn lru(&self, device: u32) -> MutexGuard<'_, Order> {
         self.places[device as usize].lru.lock().unwrap_or_else(|p| p.into_inner())
     }
 
@@ -214,7 +215,7 @@ impl Mover {
             self.free_bo(range, moved);
         }
         if result.is_ok() {
-            self.lru(device).put(range.span().start, range.clone());
+            self.arrived(range, device, Class::Owned);
         }
         result
     }
@@ -560,20 +561,24 @@ impl Mover {
     }
 
     /// Makes the shadow hold the contents of all pages whose truth is away, without changing any truth (for a forked
-    /// child that gets its own copy). Gives the pages and the place.
-    pub fn snapshot<T>(
+    /// child that gets its own copy). Gives `f` the pages, those that are lost with their device, and the place.
+    pub fn snapshot(
         &self,
         range: &Arc<Range>,
         state: &mut State,
-        f: impl FnOnce(&PageMask, &Shadow) -> T,
-    ) -> Result<Option<T>> {
-        let State { bound, moved: Some(moved) } = state else { return Ok(None) };
+        f: impl FnOnce(&PageMask, &PageMask, &Shadow),
+    ) -> Result<()> {
+        let State { bound, moved: Some(moved) } = state else { return Ok(()) };
         self.unbind(range, bound);
         self.accounted(range, moved, |m| {
             let from_vram = m.vram;
-            self.fetch(range.span(), m, &from_vram)?;
+            let fetched = self.fetch(range.span(), m, &from_vram);
             let held = m.strayed.or(&from_vram.and(&m.fresh));
-            Ok(m.shadow.as_ref().map(|shadow| f(&held, shadow)))
+            let lost = if fetched.is_ok() { PageMask::EMPTY } else { from_vram.minus(&m.fresh) };
+            if let Some(shadow) = &m.shadow {
+                f(&held, &lost, shadow);
+            }
+            fetched.map(drop)
         })
     }
 
@@ -622,7 +627,7 @@ impl Mover {
             debug_assert!(m.vram.is_empty());
             self.accounted_shared_off(m, range.span());
             m.fresh = PageMask::EMPTY;
-            self.lru(m.device).pop(&range.span().start);
+            self.lru(m.device).remove(range);
             self.device(m.device).vram_free(bo);
             self.released.announce();
         }
@@ -653,7 +658,7 @@ impl Mover {
             self.free_bo(range, moved);
         }
         if result.is_ok() {
-            self.lru(device).put(span.start, range.clone());
+            self.arrived(range, device, Class::Copies);
         }
         result
     }
@@ -750,15 +755,19 @@ impl Mover {
             flags |= RangeFlags::WRITABLE;
         }
         if matches!(backing, Backing::Vram(_)) {
-            self.lru(device).promote(&span.start);
+            self.lru(device).used(span.start);
             flags |= RangeFlags::HAS_DEVMEM_PAGES;
         }
         Ok(flags)
     }
 
-    /// Counts a use, for the LRU.
-    pub fn touch(&self, range: &Range, device: u32) {
-        self.lru(device).promote(&range.span().start);
+    /// The range is the warmest of `device`; some that were warm before grow old.
+    fn arrived(&self, range: &Arc<Range>, device: u32, class: Class) {
+        self.lru(device).put(range, class);
+        for _ in 0..AGED {
+            let Some(old) = self.lru(device).age() else { break };
+            self.device(device).test_and_clear_referenced(old.span());
+        }
     }
 
     /// Device memory for `span`, evicting the longest unused if there is no room.
@@ -768,7 +777,7 @@ impl Mover {
             if let Some(bo) = dev.vram_alloc(span.len()) {
                 return Ok(bo);
             }
-            if !self.evict_one(device, span)? {
+            if !self.evict_one(device)? {
                 // Somebody else's free may have made room between the two.
                 if let Some(bo) = dev.vram_alloc(span.len()) {
                     return Ok(bo);
@@ -783,38 +792,44 @@ impl Mover {
     }
 
     /// Evicts the coldest range that can go. Shared copies are cheapest and go first; a range the device referenced
-    /// since it was last looked at gets a second chance. `false` when nothing can go now; a lost device is an error.
-    fn evict_one(&self, device: u32, except: Span) -> Result<bool> {
-        let candidates: Vec<Arc<Range>> =
-            self.lru(device).iter().rev().map(|(_, r)| r.clone()).filter(|r| r.span() != except).collect();
-        let dev = self.device(device);
-        for pass in 0..3 {
-            for range in &candidates {
-                if range.data.is_pinned() {
-                    continue;
-                }
-                let Some(mut state) = range.data.try_lock() else { continue };
-                if range.data.is_pinned() {
-                    continue;
-                }
-                let Some(m) = &mut state.moved else { continue };
-                if m.bo.is_none() || m.device != device {
-                    continue;
-                }
-                let wanted = match pass {
-                    0 => m.shared,
-                    1 => !dev.test_and_clear_referenced(range.span()),
-                    _ => true,
-                };
-                if !wanted {
-                    self.lru(device).promote(&range.span().start);
-                    continue;
-                }
-                match self.evict(range, &mut state) {
-                    Ok(()) => return Ok(true),
-                    Err(e @ Error::DeviceLost { .. }) => return Err(e),
-                    Err(_) => {}
-                }
+    /// since it grew old gets a second chance. `false` when nothing can go now; a lost device is an error.
+    fn evict_one(&self, device: u32) -> Result<bool> {
+        let (copies, owned) = {
+            let lru = self.lru(device);
+            (lru.len(Class::Copies), lru.len(Class::Owned))
+        };
+        // Copies in use are passed over, a few with each eviction, and all of them only when nothing else can go.
+        Ok(self.evict_of(device, Class::Copies, copies.min(FEW))?
+            || self.evict_of(device, Class::Owned, owned + SECOND_CHANCES)?
+            || copies > FEW && self.evict_of(device, Class::Copies, copies)?)
+    }
+
+    /// Evicts the coldest range of `class` that can go, looking at so many.
+    fn evict_of(&self, device: u32, class: Class, looks: usize) -> Result<bool> {
+        let mut chances = SECOND_CHANCES;
+        for _ in 0..looks {
+            let Some((range, counts)) = self.lru(device).next(class) else { return Ok(false) };
+            if range.data.is_pinned() {
+                continue;
+            }
+            let Some(mut state) = range.data.try_lock() else { continue };
+            if range.data.is_pinned() {
+                continue;
+            }
+            let holds =
+                |state: &State| state.moved.as_ref().is_some_and(|m| m.bo.is_some() && m.device == device);
+            if !holds(&state) {
+                continue;
+            }
+            if counts && chances > 0 && self.device(device).test_and_clear_referenced(range.span()) {
+                chances -= 1;
+                continue;
+            }
+            match self.evict(&range, &mut state) {
+                Err(e @ Error::DeviceLost { .. }) => return Err(e),
+                // What could not land is in the shadow, and its device memory is free.
+                _ if !holds(&state) => return Ok(true),
+                _ => {}
             }
         }
         Ok(false)
@@ -823,13 +838,16 @@ impl Mover {
     /// Moves the range out of device memory.
     pub fn evict(&self, range: &Arc<Range>, state: &mut State) -> Result<()> {
         let started = Instant::now();
+        let mut result = Ok(());
         if state.moved.as_ref().is_some_and(|m| m.shared) {
             self.unshare_copy(range, state);
         } else {
-            self.to_host(range, state, &PageMask::first(range.span().pages()), Cause::Evict)?;
+            result = self.to_host(range, state, &PageMask::first(range.span().pages()), Cause::Evict);
         }
-        self.observer.evicted(range.span(), started);
-        Ok(())
+        if state.moved.as_ref().is_none_or(|m| m.bo.is_none()) {
+            self.observer.evicted(range.span(), started);
+        }
+        result
     }
 
     /// Gives up a shared range's copy; the application has the truth already.
@@ -857,7 +875,13 @@ impl Mover {
 
     /// The ranges with memory on `device`, coldest first.
     pub fn by_use(&self, device: u32) -> Vec<Arc<Range>> {
-        self.lru(device).iter().rev().map(|(_, range)| range.clone()).collect()
+        self.lru(device).coldest_first()
+    }
+
+    /// Ranges that evictions have looked at so far.
+    #[cfg(test)]
+    pub(crate) fn looks(&self, device: u32) -> u64 {
+        self.lru(device).looks()
     }
 
     /// Whether a range of this length may live on `device` at all.

@@ -426,13 +426,23 @@ impl World {
         }
         self.deliver();
         let mut given = BTreeMap::new();
+        let mut lost = BTreeSet::new();
         self.svm.for_child(&|| (), |span, pages, shadow| {
             for page in (0..span.pages()).filter(|p| pages.get(*p)) {
-                let value = self.host.peek_shadow(shadow, page).expect("what is given is there");
-                given.insert(span.page_run(page, 1).start, value);
+                let addr = span.page_run(page, 1).start;
+                if let Some(shadow) = shadow {
+                    let value = self.host.peek_shadow(shadow, page).expect("what is given is there");
+                    given.insert(addr, value);
+                } else {
+                    lost.insert(addr);
+                }
             }
         });
+        assert!(self.lost || lost.is_empty(), "a child does not get {lost:x?}");
         for (addr, cell) in &self.model {
+            if lost.contains(addr) || self.host.peek(*addr).1 {
+                continue;
+            }
             let seen = given.get(addr).copied().or(self.host.peek(*addr).0).unwrap_or(0);
             assert!(cell.allows(seen), "a child reads {seen:#x} at {addr:#x}, not {cell:?}");
         }
@@ -805,7 +815,7 @@ proptest! {
         world.check();
         world.lost = true;
         world.devices[0].lose();
-        let quiet = |op: &&Op| matches!(op, Op::CpuRead(_) | Op::CpuWrite(..) | Op::Prefetch(..) | Op::Gpu { .. });
+        let quiet = |op: &&Op| matches!(op, Op::CpuRead(_) | Op::CpuWrite(..) | Op::Prefetch(..) | Op::Child | Op::Gpu { .. });
         for op in after.iter().filter(quiet) {
             world.run(*op);
             world.check();

@@ -16,11 +16,13 @@
 #![allow(unsafe_code)]
 
 use crate::ground::error::Errno;
+use crate::ground::inject::{self, Call};
 
 /// Reads up to `to.len()` bytes at `addr`; says how many. Never zero for a `to` that is not empty.
 pub(super) fn read(addr: u64, to: &mut [u8]) -> Result<usize, Errno> {
     let local = libc::iovec { iov_base: to.as_mut_ptr().cast(), iov_len: to.len() };
     let remote = libc::iovec { iov_base: addr as *mut libc::c_void, iov_len: to.len() };
+    inject::check(Call::ProcessVm)?;
     // SAFETY: one local buffer, exclusively borrowed and of the given length; the kernel checks the remote
     // one.
     progress(unsafe { libc::process_vm_readv(own_pid(), &local, 1, &remote, 1, 0) })
@@ -30,6 +32,7 @@ pub(super) fn read(addr: u64, to: &mut [u8]) -> Result<usize, Errno> {
 pub(super) fn write(addr: u64, from: &[u8]) -> Result<usize, Errno> {
     let local = libc::iovec { iov_base: from.as_ptr().cast_mut().cast(), iov_len: from.len() };
     let remote = libc::iovec { iov_base: addr as *mut libc::c_void, iov_len: from.len() };
+    inject::check(Call::ProcessVm)?;
     // SAFETY: the kernel only reads the local buffer, a live slice of the given length, and checks the remote
     // one. What it overwrites there is what the application gave the device to write.
     progress(unsafe { libc::process_vm_writev(own_pid(), &local, 1, &remote, 1, 0) })

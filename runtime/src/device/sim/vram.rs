@@ -24,6 +24,7 @@
 
 use crate::ground::addr::SZ_2M;
 use crate::ground::error::{Errno, Error, Result};
+use crate::ground::inject::{self, Call};
 use crate::space::ports::Shadow;
 use crate::vram::copy::{Copier, CopyHint, CopyPool};
 use rustix::mm::{self, Advice, MapFlags, ProtFlags};
@@ -117,6 +118,7 @@ impl Mapping {
             0 => (ptr::null_mut(), MapFlags::empty()),
             _ => (reserve(len, offset)?, MapFlags::FIXED),
         };
+        injected(Call::Mmap, "mmap")?;
         // SAFETY: a new mapping at an address of the kernel's choice, or in place of a reservation of our own.
         let base = unsafe { mm::mmap(at, len, prot, MapFlags::SHARED | fixed, file.as_file().as_fd(), 0) };
         let base = base.map_err(|e| Error::os("mmap", e))?;
@@ -130,6 +132,7 @@ impl Mapping {
     }
 
     fn advise(&self, advice: Advice) -> Result<()> {
+        injected(Call::Madvise, "madvise")?;
         // SAFETY: exactly this mapping; none of the advice used here drops pages.
         unsafe { mm::madvise(self.base.as_ptr().cast(), self.len, advice) }
             .map_err(|e| Error::os("madvise", e))
@@ -140,6 +143,7 @@ impl Mapping {
 fn reserve(len: usize, offset: usize) -> Result<*mut std::ffi::c_void> {
     const HUGE: usize = SZ_2M as usize;
     let all = len + 2 * HUGE;
+    injected(Call::Mmap, "mmap")?;
     // SAFETY: a new mapping at an address of the kernel's choice disturbs nobody.
     let base = unsafe { mm::mmap_anonymous(ptr::null_mut(), all, ProtFlags::empty(), MapFlags::PRIVATE) }
         .map_err(|e| Error::os("mmap", e))?;
@@ -224,11 +228,18 @@ fn backing_file(len: u64) -> Result<memfd::Memfd> {
         }
     };
     let options = memfd::MemfdOptions::default().close_on_exec(true).allow_sealing(true);
+    injected(Call::MemfdCreate, "memfd_create")?;
     let file = options.create("usvm-vram").map_err(|e| fail("memfd_create", e))?;
+    injected(Call::Ftruncate, "ftruncate").map_err(|_| too_large(len))?;
     file.as_file().set_len(len).map_err(|_| too_large(len))?;
     let seals = [memfd::FileSeal::SealShrink, memfd::FileSeal::SealGrow, memfd::FileSeal::SealSeal];
+    injected(Call::Seal, "fcntl(F_ADD_SEALS)")?;
     file.add_seals(&seals).map_err(|e| fail("fcntl(F_ADD_SEALS)", e))?;
     Ok(file)
+}
+
+fn injected(call: Call, name: &'static str) -> Result<()> {
+    inject::check(call).map_err(|e| Error::os(name, e))
 }
 
 fn too_large(len: u64) -> Error {

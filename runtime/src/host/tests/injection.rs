@@ -20,7 +20,7 @@ const ERRNOS: [i32; 9] = [
 ];
 
 /// The calls of this floor.
-const CALLS: [Call; 23] = [
+const CALLS: [Call; 28] = [
     Call::UffdDevice,
     Call::UffdOpen,
     Call::UffdApi,
@@ -44,6 +44,11 @@ const CALLS: [Call; 23] = [
     Call::Read,
     Call::Poll,
     Call::Eventfd,
+    Call::Seek,
+    Call::Stat,
+    Call::DupHigh,
+    Call::Write,
+    Call::Dup,
 ];
 
 /// Plans are one for each call: tests with plans take turns.
@@ -230,6 +235,32 @@ fn poison_and_zero_outlast_unread_events() {
     assert!(host.zero_fill(page).is_err());
     host.zero_fill(page).unwrap();
     assert_eq!(get(page), 0);
+}
+
+/// The end wakes who waits, with no descriptor to be had, and where the one there is cannot be replaced.
+#[test]
+fn no_descriptor_for_the_end() {
+    let _t = together();
+    let _turn = turn();
+    for call in [Call::Eventfd, Call::Dup] {
+        let area = Area::new(4 * SZ_4K, false);
+        let host = host();
+        host.register(area.span).unwrap();
+        let (at, asked) = (area.span.start, Instant::now());
+        let waits = std::thread::spawn(move || get(at));
+        while !host.channel().has_messages() {
+            assert!(asked.elapsed() < Duration::from_secs(5), "nobody waits");
+            std::thread::yield_now();
+        }
+        let _plan = Plan::new(call, libc::EMFILE, 0, 1, 0);
+        host.close();
+        while !waits.is_finished() {
+            assert!(asked.elapsed() < Duration::from_secs(5), "{call:?}: it waits for ever");
+            std::thread::yield_now();
+        }
+        assert_eq!(waits.join().unwrap(), 0);
+        assert!(inject::hits(call) > 0);
+    }
 }
 
 #[test]

@@ -84,17 +84,19 @@ impl Svm {
     }
 
     /// A child was forked by a call that no handler announced: calls `f` with the contents of everything that is away,
-    /// range by range.
+    /// range by range, and without a place with what is lost.
     pub fn for_child(
         &self,
         read_on: &dyn Fn(),
-        mut f: impl FnMut(Span, &PageMask, &crate::space::ports::Shadow),
+        mut f: impl FnMut(Span, &PageMask, Option<&crate::space::ports::Shadow>),
     ) {
         for range in self.space.ranges_in(Span::new(0, u64::MAX)) {
             let mut state = lock_meanwhile(&range, read_on);
-            if let Err(e) =
-                self.mover.snapshot(&range, &mut state, |pages, shadow| f(range.span(), pages, shadow))
-            {
+            let given = self.mover.snapshot(&range, &mut state, |held, lost, shadow| {
+                f(range.span(), held, Some(shadow));
+                f(range.span(), lost, None);
+            });
+            if let Err(e) = given {
                 tracing::error!(span = %range.span(), "a forked child does not see this memory: {e}");
             }
         }
@@ -104,7 +106,7 @@ impl Svm {
             let Some(m) = &state.moved else { continue };
             let pages = m.leaving.and(&landing.pages);
             if let Some(shadow) = m.shadow.as_ref().filter(|_| !pages.is_empty()) {
-                f(landing.to, &pages, shadow);
+                f(landing.to, &pages, Some(shadow));
             }
         }
     }
@@ -185,6 +187,9 @@ impl Svm {
 
     /// Returns retained pages to the kernel until at most `allowed` bytes are kept, the longest unused first.
     pub fn shrink(&self, allowed: u64) {
+        if self.mover.retained_bytes() <= allowed {
+            return;
+        }
         for device in 0..self.mover.places.len() as u32 {
             for range in self.mover.by_use(device) {
                 if self.mover.retained_bytes() <= allowed {

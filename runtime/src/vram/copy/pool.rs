@@ -30,6 +30,7 @@
 #![allow(unsafe_code)]
 
 use super::{Copier, CopyHint};
+use crate::ground::sync::wait_on;
 use crate::ground::thread;
 use crossbeam_utils::CachePadded;
 use rustix::thread::futex;
@@ -359,7 +360,7 @@ fn spin() {
 /// Sleeps while `word` is `value`; may return early.
 fn sleep(word: &AtomicU32, value: u32) {
     // EAGAIN (the word changed) and EINTR both mean: look again, which every caller does.
-    let _ = futex::wait(word, futex::Flags::PRIVATE, value, None);
+    let _ = wait_on(word, value, None);
 }
 
 fn wake(word: &AtomicU32, waiters: u32) {
