@@ -38,8 +38,9 @@ const FEW: usize = 16;
 /// Ranges in use that an eviction passes over.
 const SECOND_CHANCES: usize = 32;
 
-/// Pages that a copy into fresh ones brings home sooner than a flip: the flip has every other processor flush its TLB.
-const FEW: usize = (SZ_64K / SZ_4K) as usize;
+/// Pages of a range that a copy into fresh ones brings home sooner than a flip, which has every other processor flush its
+/// TLB.
+const SMALL: usize = (SZ_64K / SZ_4K) as usize;
 
 /// One device and the order in which its memory was used.
 pub(crate) struct Place {
@@ -358,7 +359,7 @@ impl Mover {
     /// An error leaves what did not arrive where it was. Pages that were all zero and never had memory stay holes.
     fn fill(&self, span: Span, m: &mut Moved, pages: &PageMask) -> Result<Option<PageMask>> {
         let whole = m.vram.minus(pages).is_empty() && m.strayed.is_empty() && m.leaving.is_empty();
-        let (true, Some(bo)) = (whole && span.pages() <= FEW, &m.bo) else { return Ok(None) };
+        let (true, Some(bo)) = (whole && span.pages() <= SMALL, &m.bo) else { return Ok(None) };
         let dev = self.device(m.device);
         let mut coming = m.vram;
         for (first, count) in m.vram.minus(&m.retained).runs() {
