@@ -9,7 +9,7 @@
 #   make test-programs        real programs without usvm, with it, and under chaos: a table (PROGRAMS="redis java" for some)
 #   make bench-programs       the same programs, plain and preloaded in turn, N=5 times each
 #   make lint                 what CI refuses: formatting, clippy, documentation
-#   make test-opencl-intel    OpenCL and SYCL programs on Intel's runtime for processors (downloads some 3 GB)
+#   make test-opencl-intel    OpenCL and SYCL programs on Intel's runtime for processors alone (the first time it downloads 0.9 GB)
 #   make test-kernel-ref      fresh traces of the real kernel's drm_gpusvm in a virtual machine (see tests/kernel-ref)
 
 CARGO ?= cargo
@@ -32,10 +32,12 @@ demo: setup
 
 test: setup
 	@sh tests/opencl/venv.sh
+	@sh tests/opencl/intel.sh
 	sh tests/run.sh
 
 test-opencl-intel: setup
 	sh tests/opencl/intel.sh
+	$(CARGO) test -p usvm-tests --test opencl_intel -- --nocapture
 
 preload: setup
 	$(BUILD) -p usvm-preload -p usvm-preload-heap
