@@ -231,6 +231,42 @@ fn a_running_program_can_be_looked_at() {
     assert_eq!((ran.code, ran.out.as_str()), (Some(0), "all as it should be\n"), "{}", ran.err);
 }
 
+/// A name that nobody knows is told of once, by whoever meets it first, whether a runtime starts or not.
+#[test]
+fn unknown_names_are_told_once() {
+    let preload = stage().join("usr/lib/usvm/libusvm_preload.so");
+    let churn = compile("tests/programs/c/churn.c", &[]);
+    let twice = format!("{0} 0.2 1 1; {0} 0.2 1 1 | /bin/cat", churn.display());
+    let bare = |words: &[&str]| {
+        let mut command = usvm(&[]);
+        let mut inner = Command::new(words[0]);
+        inner.args(&words[1..]).env_clear().envs(command.get_envs().filter_map(|(k, v)| Some((k, v?))));
+        inner.env("LD_PRELOAD", &preload).stdin(Stdio::null());
+        command = inner;
+        command
+    };
+    let line = "usvm: unknown environment variable USVM_CHOAS; did you mean USVM_CHAOS?\n";
+    let said_ok = "all as it should be\nall as it should be\n";
+    for chaos in [None, Some("1500,3")] {
+        for mut command in [usvm(&["run", "--", "/bin/sh", "-c", &twice]), bare(&["/bin/sh", "-c", &twice])] {
+            command.envs(chaos.map(|rate| ("USVM_CHAOS", rate)));
+            let known = said(command.env("USVM_VRAM", "64M"));
+            assert_eq!((known.out.as_str(), known.err.as_str()), (said_ok, ""), "{command:?}");
+            let typo = said(command.env("USVM_CHOAS", "1000"));
+            assert_eq!((typo.out.as_str(), typo.err.as_str()), (said_ok, line), "{command:?}");
+        }
+    }
+    // Where no library is loaded that could tell, `usvm run` does.
+    let program = compile("tests/programs/c/ends.c", &["-static"]);
+    let mut command = usvm(&["run", "--"]);
+    let told = said(command.arg(&program).args(["return", "0"]).env("USVM_CHOAS", "1"));
+    assert!(told.err.contains(line) && told.err.lines().count() == 2, "{}", told.err);
+    let dry = said(usvm(&["run", "--dry-run", "--", "true"]).env("USVM_CHOAS", "1"));
+    assert_eq!((dry.code, dry.err.as_str()), (Some(0), line));
+    let off = said(usvm(&["run", "--", "true"]).env("USVM_CHOAS", "1").env("USVM_ENABLE", "0"));
+    assert_eq!((off.code, off.err.as_str()), (Some(0), ""), "switched off it says nothing");
+}
+
 #[test]
 fn a_program_that_needs_usm_runs() {
     let driver = std::fs::read_dir("/etc/OpenCL/vendors")
