@@ -65,7 +65,9 @@ pub(crate) fn is_active() -> bool {
 
 /// Whether the running runtime is this process's: a child of vfork sees its parent's.
 pub(crate) fn is_owner() -> bool {
-    OWNER.load(Ordering::Relaxed) == std::process::id()
+    let owner = OWNER.load(Ordering::Relaxed);
+    // Without a runtime not even this is asked: a program's seccomp filter may allow only what the program needs.
+    owner != 0 && owner == std::process::id()
 }
 
 /// Whether `thread` has the process's first stack.
