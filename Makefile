@@ -6,19 +6,22 @@
 #   make bench [JSON=…]       the measurements of usvm-bench micro
 #   make manpages             man pages and shell completions, into target/man and target/completions
 #   make install              the usvm program and the C library: PREFIX=/usr/local DESTDIR=
-#   make test-programs        real programs without usvm, with it, and under chaos: a table (PROGRAMS="redis java" for some)
-#   make bench-programs       the same programs, plain and preloaded in turn, N=5 times each
+#   make test-programs        real programs without usvm, with it, and under chaos: a table; and another with its heap
+#                             (PROGRAMS="redis java" for some)
+#   make bench-programs       the same programs, in N=15 pairs: plain and preloaded, and mimalloc and usvm's heap
 #   make lint                 what CI refuses: formatting, clippy, documentation
-#   make test-opencl-intel    OpenCL and SYCL programs on Intel's runtime for processors (downloads some 3 GB)
+#   make test-opencl-intel    OpenCL and SYCL programs on Intel's runtime for processors alone (the first time it downloads 0.9 GB)
 #   make test-kernel-ref      fresh traces of the real kernel's drm_gpusvm in a virtual machine (see tests/kernel-ref)
 
 CARGO ?= cargo
 # jemalloc is built by a make of its own, which must not hear of our DESTDIR.
 BUILD = env -u MAKEFLAGS -u MFLAGS -u MAKEOVERRIDES -u DESTDIR -u PREFIX $(CARGO) build --release --quiet
+# Recipes take it from the environment: a name may hold anything.
 FILE ?=
+export FILE
 JSON ?= target/micro.json
 PROGRAMS ?=
-N ?= 5
+N ?= 15
 
 .PHONY: all demo test test-opencl-intel test-programs bench bench-programs preload lint setup clean
 all: demo
@@ -27,25 +30,29 @@ setup:
 	@sh tests/setup.sh
 
 demo: setup
-	$(CARGO) run --release --quiet -p usvm-examples --bin demo -- $(FILE)
+	$(CARGO) run --release --quiet -p usvm-examples --bin demo -- $${FILE:+"$$FILE"}
 	@sh examples/opencl/demo.sh
 
 test: setup
 	@sh tests/opencl/venv.sh
+	@sh tests/opencl/intel.sh
 	sh tests/run.sh
 
 test-opencl-intel: setup
 	sh tests/opencl/intel.sh
+	$(CARGO) test -p usvm-tests --test opencl_intel -- --nocapture
 
 preload: setup
 	$(BUILD) -p usvm-preload -p usvm-preload-heap
 
 test-programs: preload
 	sh tests/setup.sh programs
-	sh tests/programs/run.sh $(PROGRAMS)
+	@sh tests/opencl/venv.sh
+	sh tests/programs/run.sh $(PROGRAMS) || failed=1; sh tests/programs/run.sh --heap $(PROGRAMS) || failed=1; exit $${failed:-0}
 
 bench-programs: preload
 	sh tests/setup.sh programs
+	@sh tests/opencl/venv.sh
 	sh tests/programs/run.sh --bench $(N) $(PROGRAMS)
 	sh tests/programs/run.sh --heap --bench $(N) $(PROGRAMS)
 

@@ -19,6 +19,9 @@ command -v clpeak >/dev/null 2>&1 || wanted="$wanted clpeak"
 # The C library's tests: the ways of finding a library, and Unified Memory Framework's wheel, which needs hwloc.
 command -v cmake >/dev/null 2>&1 || wanted="$wanted cmake"
 command -v pkg-config >/dev/null 2>&1 || wanted="$wanted pkg-config"
+# Shells that read the program's completions.
+command -v zsh >/dev/null 2>&1 || wanted="$wanted zsh"
+command -v fish >/dev/null 2>&1 || wanted="$wanted fish"
 # Real programs that run under chaos.
 command -v sqlite3 >/dev/null 2>&1 || wanted="$wanted sqlite3"
 command -v redis-server >/dev/null 2>&1 || wanted="$wanted redis-server redis-tools"

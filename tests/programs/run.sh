@@ -2,9 +2,15 @@
 # Real programs without usvm, with it preloaded, and under chaos; what they print must be the same to the byte.
 #
 #   run.sh [--ci] [--heap] [--rate N] [--seed N] [program…]    the table
-#   run.sh --bench N [program…]                                paired runs: plain and preloaded, N times each
+#   run.sh [--heap] --bench N [program…]                       N pairs of runs: plain and preloaded, with --heap mimalloc
+#                                                              and usvm's heap; results also in target/programs/NAME.*.json
 #
-# A program is tests/programs/real/NAME.sh. It runs its commands behind $RUN and prints what must not differ.
+# A program is tests/programs/real/NAME.sh. It runs its commands behind $RUN and prints what must not differ. In the file:
+#   # ci:            it is short enough for `make test`; otherwise # heavy:
+#   # without: N     it cannot run without usvm and must then end with N; what it prints with usvm is in real/NAME.expected
+#   # bench: no      no pairs of runs
+# With --bench, $BENCH is the number of pairs: the work takes a second or two then. What is behind $RUN is measured.
+# A server is started behind $RUN_SERVER (its processor time counts), the client whose wall time counts behind $TIMED.
 set -u
 HERE=$(cd "$(dirname "$0")" && pwd)
 ROOT=$(cd "$HERE/../.." && pwd)
@@ -13,8 +19,8 @@ LIB=${USVM_PRELOAD:-$TARGET/release/libusvm_preload.so}
 HEAP=${USVM_HEAP_LIB:-$TARGET/release/libusvm_heap.so}
 MIMALLOC=${MIMALLOC:-$(ls /usr/lib/*/libmimalloc.so.2.0 2>/dev/null | head -1)}
 WORK=${WORK:-$TARGET/programs}
-RATE=2500 SEED=1 ONLY= MODES="off on chaos" BENCH=0 LIMIT=${LIMIT:-1500}
-export HERE ROOT
+RATE=2500 LEAST=1000 SEED=1 ONLY= MODES="off on chaos" BENCH=0 LIMIT=${LIMIT:-1500}
+export HERE ROOT BENCH
 
 while [ $# -gt 0 ]; do
     case $1 in
@@ -30,11 +36,15 @@ while [ $# -gt 0 ]; do
 done
 [ -f "$LIB" ] || { echo "run.sh: $LIB is missing: cargo build --release -p usvm-preload" >&2; exit 2; }
 
+header() { sed -n "s/^# $1: //p" "$HERE/real/$name.sh"; }
+
 names=$*
 if [ -z "$names" ]; then
     for file in "$HERE"/real/*.sh; do
         [ "$ONLY" = ci ] && ! head -1 "$file" | grep -q '^# ci:' && continue
-        names="$names $(basename "$file" .sh)"
+        name=$(basename "$file" .sh)
+        [ "$BENCH" -gt 0 ] && [ -n "$(header bench)$(header without)" ] && continue
+        names="$names $name"
     done
 fi
 
@@ -46,24 +56,32 @@ prefix() {
     # What runs in the background of a script ignores SIGINT.
     clean="env --default-signal=INT,QUIT"
     stats="USVM_STATS_FILE=$WORK/$name/stats/%p"
+    # As `usvm run` does.
+    load="LD_PRELOAD=$LIB OPENCL_LAYERS=$LIB"
+    heap="LD_PRELOAD=$HEAP:$LIB OPENCL_LAYERS=$LIB USVM_HEAP=1"
     case $1 in
         off) echo "$clean" ;;
-        on) echo "$clean LD_PRELOAD=$LIB" ;;
-        chaos) echo "$clean LD_PRELOAD=$LIB USVM_CHAOS=$RATE,$SEED $stats" ;;
-        heap) echo "$clean LD_PRELOAD=$HEAP:$LIB USVM_HEAP=1" ;;
-        heapchaos) echo "$clean LD_PRELOAD=$HEAP:$LIB USVM_HEAP=1 USVM_CHAOS=$RATE,$SEED $stats" ;;
+        on) echo "$clean $load" ;;
+        chaos) echo "$clean $load USVM_CHAOS=$RATE,$SEED $stats" ;;
+        heap) echo "$clean $heap" ;;
+        heapchaos) echo "$clean $heap USVM_CHAOS=$RATE,$SEED $stats" ;;
         mimalloc) echo "$clean LD_PRELOAD=$MIMALLOC" ;;
     esac
 }
 
-# Runs program $name in mode $1: output to $WORK/$name/$1.out, seconds to $seconds, its exit code is this one's.
+# Runs program $name in mode $1: output to $WORK/$name/$1.out, seconds to $seconds, its exit code is this one's. With
+# --bench, what was measured is in $WORK/$name/spent.
 once() {
-    rm -rf "$WORK/$name/dir" "$WORK/$name/stats"
+    rm -rf "$WORK/$name/dir" "$WORK/$name/stats" "$WORK/$name/spent"
     mkdir -p "$WORK/$name/dir" "$WORK/$name/stats"
     begin=$(date +%s%N)
     (
         cd "$WORK/$name/dir" || exit
-        RUN=$(prefix "$1")
+        RUN=$(prefix "$1") RUN_SERVER=$RUN TIMED=
+        if [ "$BENCH" -gt 0 ]; then
+            spent="$WORK/spent $WORK/$name/spent"
+            RUN_SERVER="$spent cpu $RUN" TIMED="$spent wall" RUN="$spent all $RUN"
+        fi
         export LC_ALL=C
         ulimit -c 0
         . "$HERE/real/$name.sh"
@@ -85,6 +103,9 @@ migrations() {
         awk -F: '/"migrations_(4k|64k|2m)"/ { sum += $2 } END { print sum + 0 }'
 }
 
+# What chaos did to the run that just ended, per second of it.
+rate() { echo "$(migrations) $seconds" | awk '{ printf "%d", $1 / $2 }'; }
+
 table() {
     printf '%-24s' program
     for mode in $MODES; do printf '%12s' "$mode"; done
@@ -92,50 +113,79 @@ table() {
     failed=0
     for name in $names; do
         printf '%-24s' "$name"
+        without=$(header without)
         same=yes rate=-
         for mode in $MODES; do
             once "$mode"
             code=$?
             if [ $code = 77 ]; then same="$(grep -h -m1 '^skipped:' "$WORK/$name/$mode.out")"; break; fi
-            if [ "$mode $code" = "off 1" ]; then same="NO: does not run without usvm: $(tail -n 1 "$WORK/$name/off.out")"; break; fi
-            echo "exit $code" >>"$WORK/$name/$mode.out"
             printf '%11ss' "$seconds"
-            case $mode in *chaos) rate=$(echo "$(migrations) $seconds" | awk '{ printf "%d", $1 / $2 }') ;; esac
-            cmp -s "$WORK/$name/off.out" "$WORK/$name/$mode.out" || same="NO: diff $WORK/$name/off.out $WORK/$name/$mode.out"
+            meant=0
+            [ "$mode" = off ] && [ -n "$without" ] && meant=$without
+            if [ $code != "$meant" ]; then
+                same="NO: $mode ends with $code, not $meant: $(tail -qn 1 "$WORK/$name/$mode.out" "$WORK/$name/$mode.err" | tail -n 1)"
+                break
+            fi
+            [ "$mode" = off ] && [ -n "$without" ] && continue
+            case $mode in *chaos)
+                rate=$(rate)
+                # Not often enough, where it took long enough to tell: once more, in case the machine had other things to do.
+                if [ "$rate" -lt $LEAST ] && [ "${seconds%.*}" -ge 2 ]; then
+                    once "$mode" || same="NO: $mode ends with $?, the second time"
+                    rate=$(rate)
+                    [ "$rate" -ge $LEAST ] || same="NO: fewer than $LEAST migrations a second"
+                fi
+                # A program that nothing disturbed has shown nothing.
+                [ "$rate" -gt 0 ] || same="NO: nothing migrated under chaos" ;;
+            esac
+            expected=$WORK/$name/off.out
+            [ -z "$without" ] || expected=$HERE/real/$name.expected
+            cmp -s "$expected" "$WORK/$name/$mode.out" || same="NO: diff $expected $WORK/$name/$mode.out"
         done
-        # A program that nothing disturbed has shown nothing.
-        [ "$rate $same" = "0 yes" ] && same="NO: nothing migrated under chaos"
         printf '%16s  %s\n' "$rate" "$same"
         case $same in NO*) failed=1 ;; esac
     done
     return $failed
 }
 
+# Pairs of runs in the order A B, B A, A B, …: whatever drifts slowly hits both alike.
 bench() {
     against=off with=on
     [ "$MODES" = "off on chaos" ] || against=mimalloc with=heap
-    printf '%-24s %10s %10s %10s %10s %8s %6s\n' program "$against" p90 "$with" p90 ratio n
+    [ $against = off ] || [ -n "$MIMALLOC" ] || { echo "skipped: libmimalloc2.0 is not installed"; return 0; }
+    cc -O2 -o "$WORK/spent" "$HERE/c/spent.c" || return 2
+    python3 "$HERE/pairs.py" --head "$against" "$with" || return 2
+    failed=0 files=
     for name in $names; do
-        : >"$WORK/$name.times"
+        times=$WORK/$name.$with.times
+        : >"$times"
         round=0
         while [ $round -le "$BENCH" ]; do
-            # The first round warms up; which goes first alternates.
+            # The first round warms up.
             order="$against $with"; [ $((round % 2)) = 1 ] && order="$with $against"
             for mode in $order; do
-                once $mode; [ $? = 77 ] && continue 3
-                [ $round -gt 0 ] && echo "$round $mode $seconds" >>"$WORK/$name.times"
+                once $mode
+                code=$?
+                if [ $code = 77 ]; then
+                    printf '%-24s%s\n' "$name" "$(grep -h -m1 '^skipped:' "$WORK/$name/$mode.out")"
+                    continue 3
+                fi
+                # A run that failed has no time.
+                if [ $code != 0 ]; then
+                    echo "$name: $mode ends with $code: $(tail -qn 1 "$WORK/$name/$mode.out" "$WORK/$name/$mode.err" | tail -n 1)"
+                    failed=1
+                    continue
+                fi
+                [ $round -gt 0 ] && awk -v r="$round" -v m="$mode" '{ w += $1; c += $2 } END { print r, m, w, c }' "$WORK/$name/spent" >>"$times"
             done
             round=$((round + 1))
         done
-        # The ratio is the median of the pairs' ratios.
-        awk -v name="$name" -v a="$against" -v b="$with" '
-            function at(list, n, part) { i = int(part * (n - 1) + 0.999); return list[i + 1] }
-            function order(list, n,  i, j, t) { for (i = 2; i <= n; i++) for (j = i; j > 1 && list[j-1] > list[j]; j--) { t = list[j]; list[j] = list[j-1]; list[j-1] = t } }
-            { time[$1, $2] = $3; if ($1 > n) n = $1 }
-            END { for (i = 1; i <= n; i++) { x[i] = time[i, a]; y[i] = time[i, b]; r[i] = y[i] / x[i] }
-                  order(x, n); order(y, n); order(r, n)
-                  printf "%-24s %9.3fs %9.3fs %9.3fs %9.3fs %8.3f %6d\n", name, at(x, n, .5), at(x, n, .9), at(y, n, .5), at(y, n, .9), at(r, n, .5), n }' "$WORK/$name.times"
+        python3 "$HERE/pairs.py" "$name" "$against" "$with" "$times" --json "$WORK/$name.$with.json" || { failed=1; continue; }
+        files="$files $WORK/$name.$with.json"
     done
+    # shellcheck disable=SC2086
+    [ -z "$files" ] || python3 "$HERE/pairs.py" --sum $files
+    return $failed
 }
 
 mkdir -p "$WORK"

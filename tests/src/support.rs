@@ -19,6 +19,8 @@ use usvm::device::sim::{Profile, SimConfig};
 use usvm::host::Options;
 use usvm::{Access, Builder, Config, GpuAccess, Runtime};
 
+use crate::isolated::skipped;
+
 /// 4 KiB.
 pub const K4: u64 = 4 << 10;
 /// 64 KiB.
@@ -348,7 +350,7 @@ pub fn is_child(name: &str) -> bool {
             let text = String::from_utf8_lossy(&output.stdout);
             let errors = String::from_utf8_lossy(&output.stderr);
             assert!(output.status.success(), "{name}: {}\n{text}\n{errors}", output.status);
-            text.lines().filter(|l| l.starts_with("skipped")).for_each(|l| println!("{l}"));
+            errors.lines().filter_map(|l| l.strip_prefix("skipped: ")).for_each(skipped);
             false
         }
     }

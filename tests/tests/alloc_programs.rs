@@ -32,8 +32,12 @@ fn the_demo_computes_on_this_heap() -> Result<()> {
         heap.edit(round)?;
         heap.compare()?;
     }
+    // What the demo's last word rests on: one wrong byte is noticed.
+    heap.spoil(&runtime)?;
+    let noticed = heap.compare().expect_err("the device changed a byte").to_string();
+    assert!(noticed.starts_with(&format!("block {}, byte ", heap.count() - 1)), "{noticed}");
     runtime.shutdown();
-    heap.compare()
+    Ok(())
 }
 
 #[test]

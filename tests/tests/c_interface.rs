@@ -449,6 +449,23 @@ fn found_by_cmake() {
 }
 
 #[test]
+fn every_folder_of_examples_says_what_is_in_it() {
+    let mut seen = 0;
+    for folder in std::fs::read_dir(root().join("examples")).unwrap().map(|entry| entry.unwrap().path()) {
+        if !folder.is_dir() {
+            continue;
+        }
+        let readme = std::fs::read_to_string(folder.join("README.md")).unwrap_or_default();
+        for entry in std::fs::read_dir(&folder).unwrap() {
+            let name = entry.unwrap().file_name().into_string().unwrap();
+            assert!(name == "README.md" || readme.contains(&name), "{name}: {}", folder.display());
+            seen += 1;
+        }
+    }
+    assert!(seen > 14, "{seen}");
+}
+
+#[test]
 fn the_examples_run() {
     let examples = root().join("examples");
     let mut seen = 0;

@@ -61,6 +61,11 @@ fn chaos_changes_no_result() {
         (round..want.len()).step_by(4099).for_each(|at| want[at] += 100);
     }
     assert!(words == want, "some word differs");
-    let stats = runtime.stats();
+    let (done, stats) = (runtime.disturbances(), runtime.stats());
     assert!(stats.cause_prefetch > 20 && stats.cause_user > 20, "nothing was disturbed: {stats}");
+    // Every kind happens, and what it says is what was done.
+    assert!(done.iter().all(|(_, count)| *count > 5), "{done:?}");
+    let count = |name: &str| done.iter().find(|(kind, _)| *kind == name).expect("a kind").1;
+    assert!(stats.evictions >= count("evict"), "{stats} {done:?}");
+    assert!(stats.invalidations >= count("invalidate"), "{stats} {done:?}");
 }

@@ -1,5 +1,5 @@
 //! Intel's OpenCL runtime for processors, the Khronos loader that its wheel brings, and SYCL programs on both. They are
-//! in a virtual environment of some 3 GB; `make test-opencl-intel` makes it, and without it these tests are skipped.
+//! in a virtual environment that `tests/opencl/intel.sh` makes; without it these tests are skipped.
 
 mod opencl;
 
@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use opencl::{WAYS, Way, command, compile, root, run};
+use usvm_tests::isolated::skipped;
 
 const CHAOS: (&str, &str) = ("USVM_CHAOS", "200,7");
 
@@ -16,7 +17,9 @@ fn venv() -> Option<PathBuf> {
     if folder.join("lib/libintelocl.so").exists() && folder.join("lib/libOpenCL.so.1").exists() {
         return Some(folder);
     }
-    eprintln!("skipped: no Intel runtime in {}; make test-opencl-intel puts it there", folder.display());
+    let why = std::fs::read_to_string(root().join("target/venv-dpnp.why"));
+    let why = why.unwrap_or_else(|_| "`make test` and `make test-opencl-intel` put it there".to_owned());
+    skipped(format!("no Intel runtime and dpnp in {}: {}", folder.display(), why.trim()));
     None
 }
 
@@ -90,10 +93,6 @@ fn the_systems_loader_with_intels_driver() {
 fn sycl_through_dpnp_computes_the_same() {
     let Some(venv) = venv() else { return };
     let python = venv.join("bin/python");
-    if !run(Command::new(&python).args(["-c", "import dpnp"])).err.is_empty() {
-        eprintln!("skipped: no dpnp in {}", venv.display());
-        return;
-    }
     let dpnp = |way| {
         let mut command = on_intel(&venv, &python, way);
         command.arg(root().join("examples/sycl/dpnp_script.py"));

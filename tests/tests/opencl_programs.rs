@@ -4,6 +4,7 @@
 mod opencl;
 
 use opencl::{WAYS, Way, command, compile, compile_with, library, root, run};
+use usvm_tests::isolated::skipped;
 
 /// The environment of programs whose memory is to move around their launches.
 const MOVING: [&[(&str, &str)]; 3] = [
@@ -19,9 +20,7 @@ fn available() -> bool {
     });
     let headers = std::path::Path::new("/usr/include/CL/cl_layer.h").exists();
     if !driver || !headers {
-        println!(
-            "skipped: OpenCL tests need Debian's pocl-opencl-icd, ocl-icd-opencl-dev and opencl-headers"
-        );
+        skipped("OpenCL tests need Debian's pocl-opencl-icd, ocl-icd-opencl-dev and opencl-headers");
     }
     driver && headers
 }
@@ -254,7 +253,7 @@ fn clinfo_tells_of_usm_and_nothing_else_changes() {
         return;
     }
     if !installed("clinfo") {
-        eprintln!("skipped: clinfo is not installed");
+        skipped("clinfo is not installed");
         return;
     }
     let off = run(&mut command("clinfo", Way::Off)).well();
@@ -285,7 +284,7 @@ fn clpeak_runs() {
         return;
     }
     if !installed("clpeak") {
-        eprintln!("skipped: clpeak is not installed");
+        skipped("clpeak is not installed");
         return;
     }
     // What it measures differs from run to run; everything else is the same.
@@ -305,7 +304,7 @@ fn pyopencl_and_its_own_loader() {
     }
     let python = root().join("target/opencl-venv/bin/python");
     if !python.exists() {
-        eprintln!("skipped: tests/opencl/venv.sh could not make an environment with pyopencl");
+        skipped("tests/opencl/venv.sh could not make an environment with pyopencl");
         return;
     }
     let script = root().join("tests/opencl/pyopencl_svm.py");

@@ -318,6 +318,80 @@ fn set_uid_programs_run_without_it() {
     assert_eq!(migrations(), 0);
 }
 
+/// Loaded although the program is set-uid, by an absolute path in the program itself, it does nothing and hears nothing.
+#[test]
+fn linked_with_a_set_uid_program_it_is_inert() {
+    let _alone = alone();
+    let folder =
+        tempfile::Builder::new().permissions(fs::Permissions::from_mode(0o755)).tempdir().expect("a folder");
+    fs::copy(libraries().join("libusvm_preload.so"), folder.path().join("libusvm_preload.so"))
+        .expect("a copy");
+    let path = folder.path().to_str().expect("a plain path");
+    let (search, rpath) = (format!("-L{path}"), format!("-Wl,-rpath,{path}"));
+    let link = ["-Wl,--no-as-needed", &search, "-l:libusvm_preload.so", &rpath];
+    let program = compile("secure.c", "secure", &link);
+    let as_it_is = || {
+        migrations();
+        let mut command = command(&program, &[], Mode::Off);
+        command.env("USVM_CHAOS", "3000,1");
+        let output = run(command);
+        (told(&output), migrations())
+    };
+    let (plain, moved) = as_it_is();
+    assert!(plain.starts_with("secure 0: more threads 1, environment heard, sum "), "{plain}");
+    assert!(moved > 0, "linked with it the program has chaos");
+    // SAFETY: asks who runs this.
+    if unsafe { libc::geteuid() } != 0 || std::os::unix::fs::chown(&program, Some(65534), None).is_err() {
+        return skipped("only root can make a set-uid program");
+    }
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o4755)).expect("our own file");
+    let (secure, moved) = as_it_is();
+    if secure.starts_with("secure 0") {
+        return skipped("set-uid programs get no other rights in this file system");
+    }
+    let sum = plain.split("sum ").nth(1).expect("a sum");
+    assert_eq!(secure, format!("secure 1: more threads 0, environment not heard, sum {sum}"));
+    assert_eq!(moved, 0);
+}
+
+#[test]
+fn a_strict_filter_set_while_the_program_runs() {
+    let program = compile("strict.c", "strict", &[]);
+    if run(command(&program, &["few"], Mode::Off)).status.code() == Some(77) {
+        return skipped("seccomp filters are not allowed here");
+    }
+    the_same(&program, &["all"], &[Mode::On, Mode::Heap], false);
+    the_same(&program, &["few"], ALL, true);
+    the_same(&program, &["few"], HEAPS, true);
+}
+
+#[test]
+fn static_storage_for_threads_is_left_to_others() {
+    let tls = ["-shared", "-fPIC", "-DLIBRARY", "-ftls-model=initial-exec"];
+    let library = compile("statictls.c", "libstatictls.so", &tls);
+    let program = compile("statictls.c", "statictls", &[]);
+    let library = library.to_str().expect("a plain path");
+    the_same(&program, &[library], ALL, true);
+    the_same(&program, &[library], HEAPS, true);
+}
+
+#[test]
+fn constructors_of_linked_libraries_that_allocate() {
+    compile("constructor.c", "libearly.so", &["-shared", "-fPIC"]);
+    let folder = scratch().to_str().expect("a plain path");
+    let (search, path) = (format!("-L{folder}"), format!("-Wl,-rpath,{folder}"));
+    let program = compile("early.c", "early", &["-Wl,--no-as-needed", &search, &path, "-learly"]);
+    the_same(&program, &[], ALL, true);
+    the_same(&program, &[], HEAPS, true);
+}
+
+#[test]
+fn destructors_of_thread_local_objects() {
+    let program = compile("threadlocals.cc", "threadlocals", &["-std=c++17"]);
+    the_same(&program, &[], ALL, true);
+    the_same(&program, &[], HEAPS, true);
+}
+
 #[test]
 fn opened_by_dlopen_in_a_running_program() {
     let _alone = alone();

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use usvm::{Config, Runtime};
+use usvm_tests::isolated::skipped;
 use usvm_tests::scenario::{Scenario, VRAM};
 use usvm_tests::support::*;
 
@@ -217,7 +218,7 @@ fn a_working_set_in_a_small_memory_cgroup() {
     let _alone = alone("small cgroup", 100);
     let group = match Group::enter(144 << 20) {
         Ok(group) => group,
-        Err(e) => return println!("skipped: no memory cgroup can be made: {e}"),
+        Err(e) => return skipped(format!("no memory cgroup can be made: {e}")),
     };
     let runtime = runtime(Config::default(), &[32 << 20]);
     let pieces: Vec<Mem> = (0..4).map(|_| Mem::filled(16 << 20, 1)).collect();

@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 use usvm::{Config, Runtime};
-use usvm_tests::isolated::kernel_faults;
+use usvm_tests::isolated::{kernel_faults, skipped};
 use usvm_tests::support::*;
 
 #[global_allocator]
@@ -128,7 +128,7 @@ fn direct_file() -> Option<File> {
     let opened =
         File::options().read(true).write(true).create_new(true).custom_flags(libc::O_DIRECT).open(&path);
     let _ = std::fs::remove_file(&path);
-    opened.map_err(|e| println!("skipped: no O_DIRECT in {}: {e}", path.display())).ok()
+    opened.map_err(|e| skipped(format!("no O_DIRECT in {}: {e}", path.display()))).ok()
 }
 
 #[test]

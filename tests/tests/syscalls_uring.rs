@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 
 use io_uring::{IoUring, opcode, squeue, types};
 use usvm::{Config, Runtime};
-use usvm_tests::isolated::kernel_faults;
+use usvm_tests::isolated::{kernel_faults, skipped};
 use usvm_tests::support::*;
 
 #[global_allocator]
@@ -14,7 +14,7 @@ static ALLOC: usvm::Routed<std::alloc::System> = usvm::Routed(std::alloc::System
 const LEN: u64 = 4 << 20;
 
 fn ring() -> Option<IoUring> {
-    IoUring::new(8).map_err(|e| println!("skipped: io_uring: {e}")).ok()
+    IoUring::new(8).map_err(|e| skipped(format!("io_uring: {e}"))).ok()
 }
 
 fn run(ring: &mut IoUring, entry: &squeue::Entry) -> i32 {
@@ -70,7 +70,7 @@ fn registered_buffers_stay_where_they_are() {
     let buffer = libc::iovec { iov_base: mem.ptr(0), iov_len: half as usize };
     // SAFETY: the mapping outlives the ring.
     if let Err(e) = unsafe { ring.submitter().register_buffers(&[buffer]) } {
-        println!("skipped: registered buffers: {e}");
+        skipped(format!("registered buffers: {e}"));
         return;
     }
     let file = tempfile::tempfile().unwrap();

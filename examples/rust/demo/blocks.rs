@@ -141,6 +141,15 @@ impl Blocks {
         Ok(())
     }
 
+    /// The device changes the last byte of the last block, which nobody asked it to.
+    pub fn spoil(&self, runtime: &Runtime) -> Result<()> {
+        let last = self.blocks.last().ok_or("there is no block")?;
+        let at = last.as_ptr() as u64 + last.len() as u64 - 1;
+        let flip = |tile: &mut [u8], _| tile.iter_mut().for_each(|byte| *byte ^= 1);
+        runtime.launch(0, move |gpu| gpu.update(at, 1, flip)).wait(None)?;
+        Ok(())
+    }
+
     /// Compares every byte with the CPU's account.
     pub fn compare(&self) -> Result<()> {
         for (index, (block, want)) in self.blocks.iter().zip(&self.reference).enumerate() {

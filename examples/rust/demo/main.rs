@@ -39,6 +39,9 @@ struct Args {
     /// Rounds of launches and edits.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
     rounds: u64,
+    /// Has the device change one byte that it should not, to show that this is noticed.
+    #[arg(long, hide = true)]
+    spoil: bool,
 }
 
 fn main() -> ExitCode {
@@ -79,6 +82,9 @@ fn run(args: &Args) -> Result<()> {
         progress.set_message("CPU edits, reallocates, frees");
         heap.edit(round)?;
         progress.inc(1);
+        if args.spoil && round + 1 == args.rounds {
+            heap.spoil(&runtime)?;
+        }
         progress.set_message("comparing with the CPU");
         heap.compare()?;
         progress.inc(1);

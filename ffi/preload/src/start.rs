@@ -65,7 +65,9 @@ pub(crate) fn is_active() -> bool {
 
 /// Whether the running runtime is this process's: a child of vfork sees its parent's.
 pub(crate) fn is_owner() -> bool {
-    OWNER.load(Ordering::Relaxed) == std::process::id()
+    let owner = OWNER.load(Ordering::Relaxed);
+    // Without a runtime not even this is asked: a program's seccomp filter may allow only what the program needs.
+    owner != 0 && owner == std::process::id()
 }
 
 /// Whether `thread` has the process's first stack.
@@ -102,6 +104,9 @@ unsafe extern "C" fn construct(_: c_int, _: *const *const c_char, environment: *
             "USVM_HEAP=1 needs libusvm_heap.so in LD_PRELOAD, before libusvm_preload.so; `usvm run` sets both. Going on with the program's own malloc.",
         );
     }
+    if words.unknown {
+        usvm::ground::config::tell_unknown();
+    }
     if !words.chaos {
         return;
     }
@@ -125,6 +130,7 @@ struct Words {
     chaos: bool,
     heap: bool,
     preloaded: bool,
+    unknown: bool,
 }
 
 impl Words {
@@ -140,6 +146,8 @@ impl Words {
                 words.preloaded = value.windows(12).any(|part| part == b"usvm_preload");
             } else if let Some(option) = entry.strip_prefix(b"USVM_") {
                 words.read(option);
+                let name = entry.split(|byte| *byte == b'=').next().unwrap_or(entry);
+                words.unknown |= !usvm::ground::config::is_variable(name);
             }
             // SAFETY: the list goes on until the null.
             environment = unsafe { environment.add(1) };

@@ -2,7 +2,7 @@
 
 use std::process::{Command, Stdio};
 
-use crate::stand::{FOLDER, USVM, said, usvm};
+use crate::stand::{FOLDER, USVM, said, skipped, usvm};
 
 const COMMANDS: [&str; 7] = ["run", "doctor", "devices", "top", "stats", "completions", "man"];
 
@@ -28,7 +28,7 @@ fn completions_are_scripts_of_their_shells() {
         std::fs::write(&file, script).unwrap();
         match Command::new(shell).arg("-n").arg(&file).status() {
             Ok(status) => assert!(status.success(), "{shell}"),
-            Err(_) => println!("skipped: {shell} is not here to read its completions"),
+            Err(_) => skipped(format!("{shell} is not here to read its completions")),
         }
     }
     assert_eq!(said(&mut usvm(["completions", "tcl"])).code, Some(2));

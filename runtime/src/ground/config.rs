@@ -9,7 +9,11 @@
 //! In a program that runs with more rights than its caller (set-uid, set-gid, file capabilities: AT_SECURE) the
 //! environment is ignored altogether, as `secure_getenv` does.
 //!
+//! Unknown `USVM_*` names are told on stderr once: by the first process that meets them. What a process inherits together
+//! with the preload library its parent has told already.
+//!
 //! # Limits
+//! Whether a parent has told is judged by the environment that it started with; who was handed on to init tells again.
 //! Sizes are bytes with an optional K, M, G or T (powers of 1024). Names and values are case-sensitive, except for
 //! booleans and size suffixes.
 //!
@@ -21,6 +25,7 @@ use crate::ground::addr::{SZ_2M, SZ_4K, SZ_64K};
 use crate::ground::error::{Error, Result};
 use std::ffi::OsString;
 use std::fmt;
+use std::io::{self, Write as _};
 use std::path::PathBuf;
 use std::sync::Once;
 
@@ -393,6 +398,42 @@ impl OptionRow {
 /// Variables that `usvm run` and its libraries read before there is a configuration.
 const LOADING: [&str; 2] = ["USVM_HEAP", "USVM_PRELOAD_LIBRARY"];
 
+/// Whether usvm reads the environment variable `name`.
+pub fn is_variable(name: &[u8]) -> bool {
+    variables().any(|known| known.as_bytes() == name)
+}
+
+/// Tells on stderr of `USVM_*` variables that usvm does not know, once in this process, and not if its parent did: a parent
+/// that started with the same names and the preload library.
+pub fn tell_unknown() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let is_unknown = |name: &OsString| {
+            let name = name.as_encoded_bytes();
+            name.starts_with(b"USVM_") && !is_variable(name)
+        };
+        let names: Vec<OsString> = std::env::vars_os().map(|(name, _)| name).filter(is_unknown).collect();
+        if names.is_empty() || is_secure() || parent_met(&names) {
+            return;
+        }
+        for name in names {
+            // Where nobody reads there is nobody to tell.
+            let _ = writeln!(io::stderr(), "usvm: {}", unknown(&name.to_string_lossy()));
+        }
+    });
+}
+
+/// Whether the process that started this one started with the preload library and all of `names`.
+fn parent_met(names: &[OsString]) -> bool {
+    let parent = std::os::unix::process::parent_id();
+    let environment = std::fs::read(format!("/proc/{parent}/environ")).unwrap_or_default();
+    let entries: Vec<&[u8]> = environment.split(|byte| *byte == 0).collect();
+    let has = |name: &[u8]| entries.iter().find_map(|entry| entry.strip_prefix(name)?.strip_prefix(b"="));
+    let preloaded =
+        has(b"LD_PRELOAD").is_some_and(|value| value.windows(12).any(|part| part == b"usvm_preload"));
+    preloaded && names.iter().all(|name| has(name.as_encoded_bytes()).is_some())
+}
+
 /// Names of environment variables that usvm reads.
 pub fn variables() -> impl Iterator<Item = &'static str> {
     OPTIONS.iter().filter_map(|row| row.env).chain([CONF]).chain(LOADING)
@@ -411,15 +452,12 @@ impl Default for Config {
 }
 
 impl Config {
-    /// The configuration that this process's environment asks for. Unknown `USVM_*` names are told on stderr, once in a
-    /// process. Errors: a value that is not allowed; the message names the variable, the value, and what is allowed.
+    /// The configuration that this process's environment asks for. Unknown `USVM_*` names are told on stderr, see
+    /// [`tell_unknown`]. Errors: a value that is not allowed; the message names the variable, the value, and what is
+    /// allowed.
     pub fn from_env() -> Result<Self> {
-        let (config, warnings) = Self::parse(std::env::vars_os(), is_secure())?;
-        static ONCE: Once = Once::new();
-        if !warnings.is_empty() {
-            ONCE.call_once(|| warnings.iter().for_each(|warning| eprintln!("usvm: {warning}")));
-        }
-        Ok(config)
+        tell_unknown();
+        Ok(Self::parse(std::env::vars_os(), is_secure())?.0)
     }
 
     /// The configuration that `environment` asks for, and what to warn of. `secure` (AT_SECURE) ignores all of it.
@@ -559,7 +597,7 @@ fn find(key: &str, argument: &'static str) -> Result<usize> {
 }
 
 fn unknown(name: &str) -> String {
-    format!("the environment variable {name} means nothing here{}", suggestion(name, variables()))
+    format!("unknown environment variable {name}{}", suggestion(name, variables()))
 }
 
 /// Names the known word nearest to `word`, if one is near enough to have been meant.

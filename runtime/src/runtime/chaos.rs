@@ -1,9 +1,8 @@
 //! Chaos: migrations that nobody asked for, to test a program and usvm.
 //!
 //! # Overview
-//! `USVM_CHAOS=RATE[,SEED]` starts a thread that, RATE times a second, sends memory of the program to a device, brings
-//! it or a part of it home, drops its retained pages, shares it with a device or forgets how it was divided. None of
-//! this may change a program's results: any difference is a bug of usvm.
+//! `USVM_CHAOS=RATE[,SEED]` starts a thread that, RATE times a second, disturbs memory of the program in one of the ways of
+//! [`Kind`]. None of this may change a program's results: any difference is a bug of usvm.
 //!
 //! All memory that could migrate is disturbed, whether a device ever used it or not: heap, stacks, data of the program and
 //! of its libraries. [`Prey`] learns it from the mappings anew every [`FORESIGHT`]. One time in two a mapping is chosen, so
@@ -15,6 +14,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Weak;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::Inner;
@@ -38,6 +38,56 @@ const TRIES: u32 = 8;
 /// How many of the last places sent to a device are remembered.
 const MEMORY: usize = 256;
 
+/// The ways to disturb.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(usize)]
+pub(super) enum Kind {
+    /// Memory goes to a device.
+    Send,
+    /// A device has a copy, which it may read.
+    Share,
+    /// All of a range comes home.
+    Return,
+    /// One page of a range comes home, the rest stays.
+    Part,
+    /// A range leaves its device to make room, as when memory is short.
+    Evict,
+    /// Device mappings go, the data stays where it is.
+    Invalidate,
+    /// Ranges are forgotten, and cut anew at the next use.
+    Split,
+    /// Pages that are kept for the way home go back to the kernel.
+    Release,
+}
+
+impl Kind {
+    const ALL: [(Self, &'static str); 8] = [
+        (Self::Send, "send"),
+        (Self::Share, "share"),
+        (Self::Return, "return"),
+        (Self::Part, "part"),
+        (Self::Evict, "evict"),
+        (Self::Invalidate, "invalidate"),
+        (Self::Split, "split"),
+        (Self::Release, "release"),
+    ];
+}
+
+/// How often each kind was done.
+#[derive(Debug, Default)]
+pub(super) struct Done([AtomicU64; Kind::ALL.len()]);
+
+impl Done {
+    fn note(&self, kind: Kind) {
+        self.0[kind as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The kinds' names and counts.
+    pub(super) fn counts(&self) -> Vec<(&'static str, u64)> {
+        Kind::ALL.iter().map(|(kind, name)| (*name, self.0[*kind as usize].load(Ordering::Relaxed))).collect()
+    }
+}
+
 /// The thread's body; ends with the runtime.
 pub(super) fn run(runtime: &Weak<Inner>, chaos: Chaos) {
     while !thread::all_started() {
@@ -55,7 +105,8 @@ pub(super) fn run(runtime: &Weak<Inner>, chaos: Chaos) {
                 return;
             }
             let devices = runtime.devices.len() as u64;
-            (0..TRIES).find(|_| prey.disturb(&runtime.host, &runtime.svm, devices));
+            let done = (0..TRIES).find_map(|_| prey.disturb(&runtime.host, &runtime.svm, devices));
+            done.inspect(|kind| runtime.disturbed.note(*kind));
             due = (due + period).max(Instant::now().checked_sub(BACKLOG).unwrap_or(due));
         }
         if !runtime.is_running() {
@@ -112,14 +163,17 @@ impl Prey {
             .or_else(|| host.first_present(Span::new(span.start, from)))
     }
 
-    /// One disturbance; whether there was something to do.
-    fn disturb(&mut self, host: &Host, svm: &Svm, devices: u64) -> bool {
-        match self.dice.below(8) {
-            0..4 => self.send(host, svm, devices),
+    /// One disturbance; of which kind, if there was something to do.
+    fn disturb(&mut self, host: &Host, svm: &Svm, devices: u64) -> Option<Kind> {
+        match self.dice.below(12) {
+            0..6 => self.send(host, svm, devices),
             what => {
                 let Some(at) = self.dice.pick(&self.sent) else { return self.send(host, svm, devices) };
                 match svm.space.find(at) {
-                    Some(range) => self.disturb_range(svm, &range, what),
+                    Some(range) => {
+                        let kind = Kind::ALL[what as usize - 4].0;
+                        self.disturb_range(svm, &range, kind).then_some(kind)
+                    }
                     None => self.send(host, svm, devices),
                 }
             }
@@ -127,8 +181,8 @@ impl Prey {
     }
 
     /// Sends a page, and what is around it, to a device, or shares it.
-    fn send(&mut self, host: &Host, svm: &Svm, devices: u64) -> bool {
-        let Some(page) = self.page(host) else { return false };
+    fn send(&mut self, host: &Host, svm: &Svm, devices: u64) -> Option<Kind> {
+        let page = self.page(host)?;
         let chunk = match self.dice.below(8) {
             0..4 => SZ_4K,
             4..7 => SZ_64K,
@@ -140,20 +194,18 @@ impl Prey {
             true => Want { access: GpuAccess::Read, bracketed: true, force: Some(Placement::Share), ..want },
             false => want,
         };
-        let sent = svm.gpu_access(self.dice.below(devices) as u32, page, SZ_4K, want).is_ok();
-        if sent {
-            self.sent.truncate(MEMORY - 1);
-            self.sent.push_front(page);
-        }
-        sent
+        svm.gpu_access(self.dice.below(devices) as u32, page, SZ_4K, want).ok()?;
+        self.sent.truncate(MEMORY - 1);
+        self.sent.push_front(page);
+        Some(if shared { Kind::Share } else { Kind::Send })
     }
 
     /// Disturbs a range that a device has or had.
-    fn disturb_range(&mut self, svm: &Svm, range: &std::sync::Arc<Range>, what: u64) -> bool {
+    fn disturb_range(&mut self, svm: &Svm, range: &std::sync::Arc<Range>, kind: Kind) -> bool {
         let span = range.span();
-        match what {
-            4 => return svm.bring_home(span, Cause::User).is_ok(),
-            5 => {
+        match kind {
+            Kind::Return => return svm.bring_home(span, Cause::User).is_ok(),
+            Kind::Split => {
                 svm.recut(span);
                 return true;
             }
@@ -163,8 +215,13 @@ impl Prey {
         if range.data.is_pinned() {
             return false;
         }
-        match what {
-            6 => svm.mover.release_retained(range, &mut state) > 0,
+        match kind {
+            Kind::Release => svm.mover.release_retained(range, &mut state) > 0,
+            Kind::Evict => {
+                let there = state.moved.as_ref().is_some_and(|moved| moved.bo.is_some());
+                there && svm.mover.evict(range, &mut state).is_ok()
+            }
+            Kind::Invalidate => svm.unmap_devices(span),
             _ => {
                 let pages =
                     PageMask::of(span, span.page_run(self.dice.below(span.len() / SZ_4K) as usize, 1));

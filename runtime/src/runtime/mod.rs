@@ -152,6 +152,7 @@ pub(crate) struct Inner {
     control: Control,
     asked: SpanMap<Asked>,
     live: Option<live::Page>,
+    disturbed: chaos::Done,
     state: AtomicU8,
 }
 
@@ -251,6 +252,7 @@ fn start(builder: Builder) -> Result<Runtime> {
         control: Control::start()?,
         asked: SpanMap::default(),
         live: live::Page::create().inspect_err(|e| tracing::debug!("nobody can look: {e}")).ok(),
+        disturbed: chaos::Done::default(),
         state: AtomicU8::new(RUNNING),
         config,
         host,
@@ -715,6 +717,11 @@ impl Runtime {
     pub fn stats(&self) -> StatsSnapshot {
         // What it needs on the way must not come from memory that a device may have.
         alloc::internal(|| self.inner().snapshot())
+    }
+
+    /// What chaos did until now: the kinds of disturbances and how often each was done.
+    pub fn disturbances(&self) -> Vec<(&'static str, u64)> {
+        alloc::internal(|| self.inner().disturbed.counts())
     }
 
     /// Sets the counters to zero; the gauges stay.

@@ -1,10 +1,7 @@
 # heavy: dpnp on Intel's runtime for processors, from a virtual environment under target/.
 DPNP=${DPNP_VENV:-$ROOT/target/venv-dpnp}
-if ! "$DPNP/bin/python" -c 'import dpnp' 2>/dev/null; then
-    PY=$(python3 -c 'import sys; print(sys.executable)') && "$PY" -m venv "$DPNP" &&
-        "$DPNP/bin/pip" install -q dpnp intel-opencl-rt >"$WORK/pip.log" 2>&1 ||
-        skip "dpnp cannot be installed: $(tail -1 "$WORK/pip.log" 2>/dev/null)"
-fi
+DPNP_VENV=$DPNP sh "$ROOT/tests/opencl/intel.sh" 2>/dev/null
+[ -x "$DPNP/bin/python" ] || skip "dpnp cannot be had: $(cat "$ROOT/target/venv-dpnp.why")"
 # The loader and the runtime of the environment, and no other driver.
 export LD_LIBRARY_PATH="$DPNP/lib" OCL_ICD_FILENAMES="$DPNP/lib/libintelocl.so" OCL_ICD_VENDORS=/nonexistent
 export ONEAPI_DEVICE_SELECTOR=opencl:cpu

@@ -38,6 +38,7 @@ public class Churn {
     static int deep(int n) { try { return deep(n + 1); } catch (StackOverflowError e) { return 0; } }
 }
 J
+[ "$BENCH" = 0 ] || { javac Churn.java && $RUN java -Xmx400m -XX:+UseG1GC -XX:ParallelGCThreads=2 Churn; exit; }
 $RUN javac -J-Xmx256m Churn.java || exit
 $RUN java -Xmx400m -XX:+UseG1GC -XX:ParallelGCThreads=2 Churn
 $RUN java -Xmx400m -XX:+UseSerialGC Churn | cksum

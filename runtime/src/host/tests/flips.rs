@@ -215,7 +215,7 @@ fn pinned_pages_are_busy_until_they_are_let_go() {
         host.register(area.span).unwrap();
         let shadow = host.shadow_alloc(area.span.len()).unwrap();
         let Some(ring) = pin(area.span.page_run(20, 2)) else {
-            println!("skipped: io_uring cannot pin here");
+            skipped("io_uring cannot pin here");
             return;
         };
         let stop = host.flip_out(area.span, &shadow, &all(area.span)).unwrap_err();

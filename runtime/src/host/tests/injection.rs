@@ -192,7 +192,7 @@ fn the_ladder_is_climbed_down() {
         let _plan = Plan::new(Call::UffdDevice, libc::EACCES, 0, 1, 0);
         let host = host();
         if host.report().way == Way::UserModeOnly {
-            println!("skipped: this user may use the last way only");
+            skipped("this user may use the last way only");
             return;
         }
         assert_eq!(host.report().way, Way::Syscall);

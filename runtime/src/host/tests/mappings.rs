@@ -118,7 +118,7 @@ fn kinds_are_told() {
     for host in hosts() {
         for (addr, kind) in cases {
             let Some(addr) = addr else {
-                println!("skipped: no {kind:?} mapping to be had here");
+                skipped(format!("no {kind:?} mapping to be had here"));
                 continue;
             };
             assert_eq!(vma(&host, addr).kind, kind);
@@ -209,7 +209,7 @@ fn fork_is_told_where_it_may_be() {
     let area = Area::small(4 * SZ_4K);
     let host = Host::open(&Options { forbid: Features::empty(), ..options() }).unwrap();
     if !host.report().has.contains(Features::EVENT_FORK) {
-        println!("skipped: no CAP_SYS_PTRACE");
+        skipped("no CAP_SYS_PTRACE");
         return;
     }
     host.register(area.span).unwrap();

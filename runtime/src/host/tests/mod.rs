@@ -26,6 +26,12 @@ use std::time::{Duration, Instant};
 /// Tests that fork exclude the others: a child holds on to everybody's pages.
 static FORKS: RwLock<()> = RwLock::new(());
 
+/// Says why a test does not run here: past the test harness, which hides what a test that passes prints with println.
+fn skipped(reason: impl std::fmt::Display) {
+    use std::io::Write as _;
+    writeln!(std::io::stderr(), "skipped: {reason}").expect("stderr can be written to");
+}
+
 fn together() -> RwLockReadGuard<'static, ()> {
     FORKS.read().unwrap_or_else(PoisonError::into_inner)
 }

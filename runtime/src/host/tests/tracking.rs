@@ -102,7 +102,7 @@ fn guard_regions_are_holes() {
     let at = std::ptr::with_exposed_provenance_mut(guard.start as usize);
     // SAFETY: the test's own memory.
     if unsafe { libc::madvise(at, guard.len() as usize, MADV_GUARD_INSTALL) } != 0 {
-        println!("skipped: no guard regions in this kernel");
+        skipped("no guard regions in this kernel");
         return;
     }
     host.register(area.span).unwrap();

@@ -189,6 +189,12 @@ impl Svm {
         self.invalidate(EventKind::Unmap, span);
     }
 
+    /// Takes the device mappings of `span` away, as a change of its protection does in the kernel. Ranges and pages stay as
+    /// they are; the next access maps them anew.
+    pub fn unmap_devices(&self, span: Span) -> bool {
+        !self.invalidate(EventKind::ProtVma, span).is_empty()
+    }
+
     /// Whether somebody else has device memory that will be given up: work that will end, or a mover in whose hands it
     /// is. The latter is in no list yet, so what counts is what is allocated beyond the caller's own. `seen`: the
     /// generation before the memory was found to be full.

@@ -47,11 +47,15 @@ pub fn run(args: RunArgs) -> Outcome {
         }
     };
     let plan = Plan::new(&args, program, &environment)?;
-    if let Err(e) = Config::parse(plan.environment(&environment), false)
-        .and_then(|(config, _)| usvm::runtime::check(&config))
-    {
-        say::warn(e);
-        return Ok(USAGE);
+    let parsed = Config::parse(plan.environment(&environment), false);
+    match parsed.and_then(|(config, unknown)| usvm::runtime::check(&config).map(|()| unknown)) {
+        // The library tells, and only once, where it is loaded.
+        Ok(unknown) if args.dry_run || !plan.loads => unknown.iter().for_each(say::warn),
+        Ok(_) => {}
+        Err(e) => {
+            say::warn(e);
+            return Ok(USAGE);
+        }
     }
     plan.notes.iter().for_each(say::warn);
     if args.dry_run {
@@ -68,11 +72,13 @@ struct Plan {
     set: Vec<(OsString, OsString)>,
     /// What the user should know.
     notes: Vec<String>,
+    /// Whether the library will be loaded into the program itself.
+    loads: bool,
 }
 
 impl Plan {
     fn new(args: &RunArgs, program: PathBuf, environment: &Environment) -> Result<Self, String> {
-        let mut plan = Self { set: Vec::new(), notes: Vec::new(), program };
+        let mut plan = Self { set: Vec::new(), notes: Vec::new(), program, loads: false };
         let preload = library::find()?;
         match target::inspect(&plan.program) {
             Fitness::Foreign(why) => plan.notes.push(why),
@@ -80,7 +86,10 @@ impl Plan {
                 plan.notes.push(why);
                 plan.load(args, &preload, environment)?;
             }
-            Fitness::Fits => plan.load(args, &preload, environment)?,
+            Fitness::Fits => {
+                plan.loads = true;
+                plan.load(args, &preload, environment)?;
+            }
         }
         plan.options(args)?;
         Ok(plan)
@@ -198,7 +207,7 @@ mod tests {
 
     fn plan(args: &RunArgs, environment: &[(&str, &str)]) -> Plan {
         let environment = environment.iter().map(|(k, v)| (k.into(), v.into())).collect();
-        let mut plan = Plan { program: "/bin/true".into(), set: Vec::new(), notes: Vec::new() };
+        let mut plan = Plan { program: "/bin/true".into(), set: Vec::new(), notes: Vec::new(), loads: true };
         plan.load(args, Path::new("/l/libusvm_preload.so"), &environment).unwrap();
         plan.options(args).unwrap();
         plan
