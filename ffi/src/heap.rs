@@ -5,7 +5,7 @@
 //! called when usvm does not run. Blocks of 2 MiB or more are as long as whole huge pages, so that no range has two owners.
 //!
 //! The heap makes its system calls itself, past the watched functions: a callback would run with the heap's locks held.
-//! What it dropped or moved is told when the function is over, and before it returns ([`settled`]).
+//! What it dropped or moved is told when the function is over, and before it returns (`settled`).
 //!
 //! # Limits
 //! Threads of usvm do not come here: callbacks run on others.
