@@ -8,7 +8,7 @@
 //! None. Notes are the thread's own; a counter of threads that have some makes asking cost one load where nobody has.
 //!
 //! # Limits
-//! A thread keeps [`MOST`] notes; what is beyond widens the last of its kind, or the last. A thread that ends keeps its notes.
+//! A thread keeps `MOST` notes; what is beyond widens the last of its kind, or the last. A thread that ends keeps its notes.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicUsize, Ordering};
