@@ -2,6 +2,7 @@
 
 mod bare;
 mod copy;
+mod limit;
 mod migrate;
 mod space;
 mod untouched;
@@ -15,6 +16,7 @@ pub fn all(copier: Copier) -> Vec<Box<dyn Case>> {
     let mut cases = bare::all();
     cases.extend(copy::all(copier));
     cases.extend(zero::all(copier));
+    cases.extend(limit::all(copier));
     cases.extend(migrate::all());
     cases.extend(space::all());
     cases.extend(untouched::all());
@@ -35,6 +37,25 @@ mod tests {
         for baseline in cases.iter().filter_map(|c| c.baseline()) {
             assert!(names.contains(baseline), "{baseline}");
         }
+    }
+
+    /// Whoever reads the JSON finds these.
+    #[test]
+    fn the_promised_names_exist() {
+        let cases = all(Copier::detect());
+        for (name, baseline) in [
+            ("to_device_2m", Some("memcpy_2m")),
+            ("cpu_fault_return_2m", Some("memcpy_2m")),
+            ("clean_return_2m", Some("memcpy_2m")),
+            ("delta_to_device_2m_8dirty", Some("memcpy_2m")),
+            ("fault_4k", Some("uffd_4k")),
+            ("fault_storm", Some("fault_storm_one_thread")),
+            ("find_or_insert_1m_ranges", None),
+        ] {
+            let case = cases.iter().find(|c| c.name() == name);
+            assert_eq!(case.map(|c| c.baseline()), Some(baseline), "{name}");
+        }
+        assert!(cases.iter().any(|c| c.name() == "untouched"));
     }
 
     #[test]
