@@ -8,6 +8,7 @@ use usvm::ground::inject::{self, Call};
 use usvm::host::Options;
 use usvm::host::features::Features;
 use usvm::{Config, Error};
+use usvm_tests::isolated::skipped;
 use usvm_tests::scenario::{Scenario, VRAM};
 use usvm_tests::support::*;
 
@@ -214,7 +215,7 @@ fn locked_arenas() {
     let _alone = alone("locked arenas", 60);
     // SAFETY: locks what is mapped from now on; of this process only, which is done after this.
     if unsafe { libc::mlockall(libc::MCL_FUTURE) } != 0 {
-        println!("skipped: memory may not be locked: {}", std::io::Error::last_os_error());
+        skipped(format_args!("memory may not be locked: {}", std::io::Error::last_os_error()));
         return;
     }
     inject::plan(Call::Munlock, libc::EPERM, 0, 1, 0);

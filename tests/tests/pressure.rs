@@ -148,7 +148,7 @@ impl Drop for Group {
 /// The calling process in a group in which everything on the device has its pages kept, and then little is left.
 fn squeezed(knows: bool) -> Option<(u64, u64)> {
     let enter =
-        || Group::enter(1 << 30).map_err(|e| println!("skipped: no memory cgroup can be made: {e}")).ok();
+        || Group::enter(1 << 30).map_err(|e| skipped(format_args!("no memory cgroup can be made: {e}"))).ok();
     let device = 96 << 20;
     // What a runtime does not know of it cannot heed: it looks at the groups around it when it starts.
     let (group, runtime) = if knows {

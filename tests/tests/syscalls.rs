@@ -510,7 +510,7 @@ fn zerocopy_sends_from_a_range_that_migrates() {
         )
     };
     if set != 0 {
-        println!("skipped: SO_ZEROCOPY: {}", std::io::Error::last_os_error());
+        skipped(format_args!("SO_ZEROCOPY: {}", std::io::Error::last_os_error()));
         return;
     }
     sender.set_nonblocking(true).unwrap();

@@ -118,7 +118,7 @@ fn reads_in_flight_while_the_device_takes_the_range() {
             let buffer = libc::iovec { iov_base: mem.ptr(K64), iov_len: PART as usize };
             // SAFETY: the mapping outlives the ring.
             if let Err(e) = unsafe { ring.submitter().register_buffers(&[buffer]) } {
-                println!("skipped: registered buffers: {e}");
+                skipped(format_args!("registered buffers: {e}"));
                 continue;
             }
         }

@@ -33,6 +33,7 @@
 mod bracket;
 mod chaos;
 mod control;
+mod here;
 mod memory;
 mod protect;
 mod publish;
@@ -306,7 +307,7 @@ fn publish(inner: &Arc<Inner>) -> Result<()> {
         reclaim(raw);
         return Err(Error::NotSupported("a runtime is running in this process already: use that one".into()));
     }
-    protect::owned_here();
+    here::claim();
     fork::install(Handlers { prepare: before_fork, parent: after_fork, child: in_child })
 }
 

@@ -9,23 +9,15 @@
 //! A change that nobody tells (a direct system call, a Rust program's own mprotect) is seen when the device's mapping is
 //! made anew for another reason: an access of a kind that it does not allow, or a migration.
 
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::{Inner, Runtime, current, is_anywhere};
+use super::{Inner, Runtime, current, here, is_anywhere};
 use crate::ground::addr::Span;
 use crate::ground::alloc;
 use crate::ground::error::Result;
 
 /// Threads that look at the process's runtime just now. Its end waits for them.
 static LOOKING: AtomicUsize = AtomicUsize::new(0);
-
-/// The process that has a runtime: a child made without handlers has its parent's memory and none of its threads.
-static OWNER: AtomicU32 = AtomicU32::new(0);
-
-/// A runtime starts in this process.
-pub(super) fn owned_here() {
-    OWNER.store(std::process::id(), Ordering::Relaxed);
-}
 
 /// Returns when nobody looks at the runtime that [`current`] does not give any more.
 pub(super) fn wait_for_lookers() {
@@ -52,7 +44,8 @@ impl Drop for Look {
 /// The protection of `[addr, addr + len)` was changed. Where a runtime runs and a device may have mappings of it, they are
 /// gone when this returns. Any thread; takes no lock. Costs a load where there is no runtime.
 pub fn protection_changed(addr: u64, len: u64) {
-    if !is_anywhere() || OWNER.load(Ordering::Relaxed) != std::process::id() {
+    // A child made without handlers has its parent's memory and none of its threads.
+    if !is_anywhere() || !here::is_here() {
         return;
     }
     let _look = Look::begin();
