@@ -4,7 +4,8 @@
 //! When a thread has ended, the kernel writes zero where CLONE_CHILD_CLEARTID says and reads the list of robust locks,
 //! both in the thread's control block. It serves no userfaultfd fault then: were that page away, pthread_join would wait
 //! for ever. So every thread tells where its block is when it begins, and the runtime, or the next one that starts, keeps
-//! these pages home ([`usvm::Runtime::keep_home`]).
+//! these pages home ([`usvm::Runtime::keep_home`]). A robust lock that the thread still holds when it ends lies anywhere: the
+//! kernel writes there who died, or whoever waits for the lock would wait for ever. So the end looks through the list, too.
 //!
 //! A process whose main thread left by pthread_exit ends when its last thread does. usvm's threads would keep it alive:
 //! so the program's are counted, and the last one, when its own destructors have run, calls `exit(0)` as the C library
@@ -96,6 +97,7 @@ unsafe extern "C" fn ending(round: *mut c_void) {
     if round.addr() < ROUNDS {
         return tell_my_end(round.addr() + 1);
     }
+    keep_robust_locks();
     if LIVING.fetch_sub(1, Ordering::AcqRel) == 1 && start::is_owner() {
         // SAFETY: what the C library does when the last thread has ended.
         unsafe { libc::exit(0) };
@@ -148,6 +150,67 @@ fn keep(runtime: &Runtime, place: &Place, running: u32) {
     if block != 0 && runtime.keep_home(block, BLOCK).is_ok() {
         place.kept_by.store(running, Ordering::Relaxed);
     }
+}
+
+/// A lock in the kernel's list of a thread's robust locks, and the list's head (struct robust_list_head).
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct RobustHead {
+    next: u64,
+    /// From a lock's place in the list to its word.
+    offset: i64,
+    pending: u64,
+}
+
+/// Locks that the kernel looks at (ROBUST_LIST_LIMIT).
+const ROBUST_MOST: usize = 2048;
+
+/// Keeps the robust locks home that the calling thread, which ends, still holds.
+fn keep_robust_locks() {
+    if RUNNING.load(Ordering::SeqCst) == 0 || !start::is_owner() {
+        return;
+    }
+    let (mut at, mut len) = (0u64, 0usize);
+    // SAFETY: asks for the calling thread's own list; both results are written here.
+    if unsafe { libc::syscall(libc::SYS_get_robust_list, 0, &raw mut at, &raw mut len) } != 0 || at == 0 {
+        return;
+    }
+    // SAFETY: the head is in the thread's own control block.
+    let head = unsafe { std::ptr::with_exposed_provenance::<RobustHead>(at as usize).read_volatile() };
+    if head.next == at && head.pending == 0 {
+        return;
+    }
+    let Some(runtime) = usvm_capi::process::current() else { return };
+    // The lowest bit tells a lock with priority inheritance.
+    let keep_lock = |entry: u64| {
+        let entry = entry & !1;
+        let word = entry.wrapping_add_signed(head.offset);
+        // An error: the runtime has ended.
+        let _ = runtime.keep_home(entry.min(word), entry.abs_diff(word) + size_of::<u64>() as u64);
+    };
+    if head.pending != 0 {
+        keep_lock(head.pending);
+    }
+    let mut entry = head.next;
+    for _ in 0..ROBUST_MOST {
+        if entry & !1 == at {
+            return;
+        }
+        keep_lock(entry);
+        let Some(next) = read_word(entry & !1) else { return };
+        entry = next;
+    }
+}
+
+/// The word at `addr`, read as the kernel would: the list may lead nowhere, and then it ends there.
+fn read_word(addr: u64) -> Option<u64> {
+    let mut word = 0u64;
+    let to = libc::iovec { iov_base: (&raw mut word).cast(), iov_len: size_of::<u64>() };
+    let from =
+        libc::iovec { iov_base: std::ptr::with_exposed_provenance_mut(addr as usize), iov_len: to.iov_len };
+    // SAFETY: reads this process's memory into the word; a bad address is an error.
+    let got = unsafe { libc::process_vm_readv(libc::getpid(), &to, 1, &from, 1, 0) };
+    (got == size_of::<u64>() as isize).then_some(word)
 }
 
 /// A runtime runs: keeps the blocks of all threads there are.
