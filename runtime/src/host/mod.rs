@@ -403,10 +403,14 @@ impl HostMemory for Host {
         self.unregister(span);
         // What mremap brought there is in the books only when its event was handled.
         let _unread = self.channel.hold_messages();
-        if self.channel.is_changing() || self.channel.has_messages() {
+        let Ok(Some(mapping)) = self.maps.find(span.start) else { return };
+        // Asked after the look: what mremap moves is seen there before its event is queued, and until that is read the
+        // kernel refuses to change pages. To take protection away from one changes nothing.
+        let first = Span::around(span.start, SZ_4K);
+        let changing = sys::uffd_write_protect(self.channel.uffd(), first, false) == Err(Errno(libc::EAGAIN));
+        if changing || self.channel.is_changing() || self.channel.has_messages() {
             return;
         }
-        let Ok(Some(mapping)) = self.maps.find(span.start) else { return };
         let mut books = self.books_mut();
         let strange = books.missing(mapping.span).into_iter().find(|part| part.contains(span.start));
         let Some(part) = strange else { return };
