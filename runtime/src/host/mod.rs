@@ -527,18 +527,9 @@ impl HostMemory for Host {
     }
 
     fn zero_fill(&self, page: u64) -> std::result::Result<(), FlipError> {
-        let span = Span::around(page, SZ_4K);
-        match self.fill(span, || sys::uffd_zeropage(self.channel.uffd(), span)) {
-            Ok(()) => Ok(()),
-            Err(Errno(libc::EEXIST)) => {
-                self.wake(span);
-                Ok(())
-            }
-            Err(Errno(libc::EAGAIN)) => Err(FlipError::Again),
-            Err(Errno(libc::ENOENT | libc::EINVAL)) => Err(FlipError::NoMapping),
-            Err(Errno(libc::ENOMEM)) => Err(FlipError::NoMemory),
-            Err(other) => Err(FlipError::Os(other.0)),
-        }
+        // An event that was read and is not handled may be an mremap that brought contents here.
+        let _unread = self.channel.hold_messages();
+        if self.channel.is_changing() { Err(FlipError::Again) } else { self.fill_zeroes(page) }
     }
 
     fn touching(&self, span: Span, f: &mut dyn FnMut()) {
@@ -546,7 +537,7 @@ impl HostMemory for Host {
     }
 
     fn fill_touched(&self, page: u64) -> Option<std::result::Result<(), FlipError>> {
-        self.touched.fill(page, || self.zero_fill(page))
+        self.touched.fill(page, || self.fill_zeroes(page))
     }
 
     fn wake(&self, span: Span) {
@@ -579,6 +570,21 @@ impl HostMemory for Host {
 }
 
 impl Host {
+    fn fill_zeroes(&self, page: u64) -> std::result::Result<(), FlipError> {
+        let span = Span::around(page, SZ_4K);
+        match self.fill(span, || sys::uffd_zeropage(self.channel.uffd(), span)) {
+            Ok(()) => Ok(()),
+            Err(Errno(libc::EEXIST)) => {
+                self.wake(span);
+                Ok(())
+            }
+            Err(Errno(libc::EAGAIN)) => Err(FlipError::Again),
+            Err(Errno(libc::ENOENT | libc::EINVAL)) => Err(FlipError::NoMapping),
+            Err(Errno(libc::ENOMEM)) => Err(FlipError::NoMemory),
+            Err(other) => Err(FlipError::Os(other.0)),
+        }
+    }
+
     /// Registers `gap`, all of it or nothing.
     fn register_part(&self, gap: Span) -> Result<()> {
         let mode = RegisterMode { missing: true, write_protect: self.has(Features::WP) };
