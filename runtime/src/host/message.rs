@@ -12,7 +12,8 @@
 //! Reading an event lets the thread that caused it (munmap, mremap…) go on, and it may then map something new at the
 //! same address. So messages are read under the write side of a gate whose read side a flip holds from "is this still
 //! our mapping?" to the end of its ioctl: as long as the event is unread, the kernel refuses the ioctl. The gate is
-//! held for the read alone.
+//! held for the read alone. Nor is anything let go of between: what an mremap has brought must stay registered until its
+//! contents have landed, and while its event is unread nobody but the kernel knows of it.
 //!
 //! What the kernel does while an event is unread goes on here until it is handled: every flip says EAGAIN. Otherwise
 //! contents that madvise dropped could come home after the call returned, and what is away from a forked child could
@@ -80,6 +81,9 @@ pub struct Ready {
     pub woken: bool,
 }
 
+/// See [`Channel::hold_messages`].
+pub(super) type MessagesHeld<'a> = RwLockReadGuard<'a, ()>;
+
 /// The reading end of a userfaultfd.
 #[derive(Debug)]
 pub struct Channel {
@@ -113,8 +117,17 @@ impl Channel {
     }
 
     /// Keeps messages unread while it is held.
-    pub(super) fn hold_messages(&self) -> RwLockReadGuard<'_, ()> {
+    pub(super) fn hold_messages(&self) -> MessagesHeld<'_> {
         self.gate.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// [`Channel::hold_messages`] if nobody reads any; for who holds the books already.
+    pub(super) fn hold_messages_now(&self) -> Option<MessagesHeld<'_>> {
+        match self.gate.try_read() {
+            Ok(held) => Some(held),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 
     /// The gate's other side. A flip takes some microseconds, going to sleep and being woken takes more.

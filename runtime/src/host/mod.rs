@@ -20,8 +20,9 @@
 //!
 //! # Locking
 //! Locks here are leaves: none is held while another room is called, and none is for application threads whose stack
-//! may be tracked. The order inside: the books of what is registered, then the shadow's books. The message gate (see
-//! [`message`]) is held by readers of messages and by outward flips, for one system call or a few.
+//! may be tracked. The order inside: the message gate, the books of what is registered, then the shadow's books. The
+//! gate (see [`message`]) is held by readers of messages, by flips, and while memory is let go of, for one system call or
+//! a few.
 //!
 //! # Limits
 //! One process: a child of fork must not use its parent's [`Host`].
@@ -49,7 +50,7 @@ mod vma;
 use self::budget::Budget;
 pub use self::features::Options;
 use self::features::{Features, Report};
-use self::message::{Channel, Message, Ready};
+use self::message::{Channel, Message, MessagesHeld, Ready};
 use self::pagemap::Pagemap;
 use self::pool::{Ground, Pool};
 use self::registered::Registered;
@@ -378,6 +379,7 @@ impl HostMemory for Host {
             _ if self.pagemap.tells_registered() => vec![span],
             _ => books.missing(span),
         };
+        books.needed(span);
         for gap in gaps {
             self.register_part(gap)?;
             books.add(gap);
@@ -386,15 +388,20 @@ impl HostMemory for Host {
     }
 
     fn unregister(&self, span: Span) {
+        let unread = self.channel.hold_messages();
         let mut books = self.books_mut();
         // Only what is in the books: what mremap just brought here is not, and its contents may still be on their way.
-        let parts = books.within(span);
-        for part in parts {
-            match sys::uffd_unregister(self.channel.uffd(), part) {
+        books.not_needed(span);
+        for part in books.unneeded() {
+            match self.release(part, &unread) {
                 Ok(()) => books.take(part),
+                Err(Errno(libc::EAGAIN)) => {}
                 // Nothing is mapped there any more; the event is on its way.
                 Err(Errno(libc::EINVAL)) if self.kernel_registered(part) == Some(false) => books.forget(part),
-                Err(errno) => tracing::warn!(%errno, %part, "stays under userfaultfd"),
+                Err(errno) => {
+                    books.needed(part);
+                    tracing::warn!(%errno, %part, "stays under userfaultfd");
+                }
             }
         }
     }
@@ -402,20 +409,14 @@ impl HostMemory for Host {
     fn let_go(&self, span: Span) {
         self.unregister(span);
         // What mremap brought there is in the books only when its event was handled.
-        let _unread = self.channel.hold_messages();
+        let unread = self.channel.hold_messages();
         let Ok(Some(mapping)) = self.maps.find(span.start) else { return };
-        // Asked after the look: what mremap moves is seen there before its event is queued, and until that is read the
-        // kernel refuses to change pages. To take protection away from one changes nothing.
-        let first = Span::around(span.start, SZ_4K);
-        let changing = sys::uffd_write_protect(self.channel.uffd(), first, false) == Err(Errno(libc::EAGAIN));
-        if changing || self.channel.is_changing() || self.channel.has_messages() {
-            return;
-        }
         let mut books = self.books_mut();
         let strange = books.missing(mapping.span).into_iter().find(|part| part.contains(span.start));
         let Some(part) = strange else { return };
-        match sys::uffd_unregister(self.channel.uffd(), part) {
+        match self.release(part, &unread) {
             Ok(()) => books.take(part),
+            Err(Errno(libc::EAGAIN)) => {}
             Err(errno) => tracing::debug!(%errno, %part, "is not under userfaultfd after all"),
         }
     }
@@ -587,14 +588,39 @@ impl Host {
 
     /// Registers `gap`, all of it or nothing.
     fn register_part(&self, gap: Span) -> Result<()> {
-        let mode = RegisterMode { missing: true, write_protect: self.has(Features::WP) };
-        sys::uffd_register(self.channel.uffd(), gap, mode).map_err(|e| register_error(gap, e))?;
+        sys::uffd_register(self.channel.uffd(), gap, self.mode()).map_err(|e| register_error(gap, e))?;
         if self.pagemap.registered(gap) == Some(false) {
-            // The kernel passes over parts that are not mapped.
-            let _ = sys::uffd_unregister(self.channel.uffd(), gap);
+            // The kernel passes over parts that are not mapped. What stays registered while mappings change is found
+            // when somebody waits there: see `let_go`.
+            if let Some(unread) = self.channel.hold_messages_now() {
+                let _ = self.release(gap, &unread);
+            }
             return Err(Error::Gone { addr: gap.start });
         }
         Ok(())
+    }
+
+    /// Takes `part` from under userfaultfd; EAGAIN while mappings change, and then it is registered as before. An mremap
+    /// may just have brought contents there that are still to land, and they need the registration. Its caller waits
+    /// until its event is read, and messages are held: so what is there is as before when EAGAIN was said.
+    fn release(&self, part: Span, _unread: &MessagesHeld<'_>) -> std::result::Result<(), Errno> {
+        let uffd = self.channel.uffd();
+        if self.channel.is_changing() || sys::uffd_is_changing(uffd) {
+            return Err(Errno(libc::EAGAIN));
+        }
+        sys::uffd_unregister(uffd, part)?;
+        // It may have begun after the question and before the answer.
+        if !sys::uffd_is_changing(uffd) {
+            return Ok(());
+        }
+        if let Err(errno) = sys::uffd_register(uffd, part, self.mode()) {
+            tracing::error!(%errno, %part, "is not under userfaultfd again; what mremap just moved there may be lost");
+        }
+        Err(Errno(libc::EAGAIN))
+    }
+
+    fn mode(&self) -> RegisterMode {
+        RegisterMode { missing: true, write_protect: self.has(Features::WP) }
     }
 
     /// Fills the hole at `page` by `f`; where a mere write-protect marker is in the way, it is taken away first.

@@ -2,7 +2,8 @@
 //!
 //! # Overview
 //! Registration splits mappings. The books here say where, so that [`super::vma`] can hide those boundaries: the ends of
-//! what is registered now, and boundaries inside that the kernel may not have joined again.
+//! what is registered now, and boundaries inside that the kernel may not have joined again. They also keep what nobody
+//! needs registered and what could not be let go of yet.
 //!
 //! # Locking
 //! None of its own; [`super::Host`] wraps it.
@@ -17,6 +18,8 @@ pub(super) struct Registered {
     spans: SpanSet,
     /// Boundaries that registering and unregistering ever made, as long as the mapping lives.
     cuts: BTreeSet<u64>,
+    /// Parts of `spans` to let go of when mappings rest.
+    unneeded: SpanSet,
 }
 
 impl Registered {
@@ -28,12 +31,25 @@ impl Registered {
         self.spans.missing(span)
     }
 
-    pub(super) fn within(&self, span: Span) -> Vec<Span> {
-        self.spans.within(span)
-    }
-
     pub(super) fn iter(&self) -> impl Iterator<Item = Span> + '_ {
         self.spans.iter()
+    }
+
+    /// Those parts of `span` that are registered are not needed any more.
+    pub(super) fn not_needed(&mut self, span: Span) {
+        for part in self.spans.within(span) {
+            self.unneeded.insert(part);
+        }
+    }
+
+    /// What is registered and not needed.
+    pub(super) fn unneeded(&self) -> Vec<Span> {
+        self.unneeded.iter().collect()
+    }
+
+    /// `span` is needed, whether it was registered before or not.
+    pub(super) fn needed(&mut self, span: Span) {
+        self.unneeded.remove(span);
     }
 
     /// `span` was registered.
@@ -45,12 +61,14 @@ impl Registered {
     /// `span` was unregistered; its mapping lives on, maybe cut.
     pub(super) fn take(&mut self, span: Span) {
         self.spans.remove(span);
+        self.unneeded.remove(span);
         self.cuts.extend([span.start, span.end]);
     }
 
     /// The mapping at `span` is gone.
     pub(super) fn forget(&mut self, span: Span) {
         self.spans.remove(span);
+        self.unneeded.remove(span);
         let gone: Vec<u64> = self.cuts.range(span.start..=span.end).copied().collect();
         for cut in gone {
             // An end of what is still registered beside it stays a boundary of ours.
@@ -69,6 +87,8 @@ impl Registered {
         for part in parts {
             self.spans.insert(Span::new(there(part.start), there(part.end)));
         }
+        // Contents may be on their way there.
+        self.unneeded.remove(Span::sized(to, from.len()));
         self.cuts.extend(cuts.into_iter().map(there));
     }
 
@@ -96,6 +116,24 @@ mod tests {
         assert!(r.is_cut(20) && r.is_cut(30), "20 is still where the registered part starts");
         r.forget(Span::new(20, 30));
         assert!(!r.is_cut(20) && r.iter().next().is_none());
+    }
+
+    #[test]
+    fn what_is_not_needed_is_registered() {
+        let mut r = Registered::default();
+        r.add(Span::new(10, 20));
+        r.not_needed(Span::new(5, 15));
+        assert_eq!(r.unneeded(), [Span::new(10, 15)]);
+        r.needed(Span::new(12, 13));
+        assert_eq!(r.unneeded(), [Span::new(10, 12), Span::new(13, 15)]);
+        r.take(Span::new(10, 11));
+        r.forget(Span::new(14, 15));
+        assert_eq!(r.unneeded(), [Span::new(11, 12), Span::new(13, 14)]);
+        r.add(Span::new(30, 40));
+        r.moved(Span::new(30, 31), 11);
+        assert_eq!(r.unneeded(), [Span::new(13, 14)]);
+        r.moved(Span::new(13, 14), 50);
+        assert_eq!(r.unneeded(), []);
     }
 
     #[test]

@@ -250,6 +250,13 @@ pub(super) fn uffd_zeropage(fd: BorrowedFd<'_>, span: Span) -> std::result::Resu
     }
 }
 
+/// Whether an event about mappings is unread, or about to be queued: mmap_changing of the kernel, which is asked by an
+/// UFFDIO_ZEROPAGE of nothing. It refuses that with EINVAL, and in that time with EAGAIN.
+pub(super) fn uffd_is_changing(fd: BorrowedFd<'_>) -> bool {
+    let nothing = Span::new(0, 0);
+    uffd_zeropage(fd, nothing).is_err_and(|partial| partial.errno != Errno(libc::EINVAL))
+}
+
 /// UFFDIO_POISON: makes holes answer SIGBUS; wakes their waiters.
 pub(super) fn uffd_poison(fd: BorrowedFd<'_>, span: Span) -> std::result::Result<(), Partial> {
     let mut arg = uapi::uffdio_poison { range: range(span), mode: 0, updated: 0 };
