@@ -60,6 +60,10 @@ calls! {
     PagemapScan,
     /// pread(2) of /proc/self/pagemap.
     PagemapRead,
+    /// pread(2) of /proc/self/mem.
+    MemoryRead,
+    /// futex(2) that breaks copy-on-write.
+    MakeOwn,
     /// PROCMAP_QUERY.
     ProcmapQuery,
     /// open(2) of a file under /proc, /sys or /dev.

@@ -303,26 +303,23 @@ impl Host {
     }
 
     /// Breaks copy-on-write of those `pages` of `app` that are there: each gets a page of its own. Pages stay where they
-    /// are; what cannot be done (no memory) stays shared. Gives how many it asked for.
-    ///
-    /// A page that the application drops between the look and the call is missing then, and the call waits for it like
-    /// any access: see [`super::touched`].
+    /// are; what cannot be done (no memory, or the application dropped the page in this moment) stays as it is. Gives how
+    /// many there are now.
     pub(super) fn make_own(&self, app: Span, pages: &PageMask) -> u64 {
         let there = self.present_or(app, PageMask::EMPTY);
         let mut made = 0;
         for (first, count) in pages.and(&there).runs() {
             let run = app.page_run(first, count);
-            // SAFETY: populating changes no contents.
-            match self.touched.during(run, || unsafe { sys::advise(run, Advice::LinuxPopulateWrite) }) {
-                Ok(()) => {
-                    made += run.len() / SZ_4K;
-                    // Of a huge page in pieces the kernel asks whether its first page is exclusive, whichever is to
-                    // move, and that one may be gone. Ageing the pieces splits it into pages of their own.
-                    // SAFETY: changes no contents.
-                    let _ = unsafe { sys::advise(run, Advice::LinuxCold) };
+            for page in (run.start..run.end).step_by(SZ_4K as usize) {
+                match sys::make_own(page) {
+                    Ok(()) => made += 1,
+                    Err(errno) => tracing::debug!(%errno, page = format_args!("{page:#x}"), "stays shared"),
                 }
-                Err(errno) => tracing::debug!(%errno, %run, "stays shared"),
             }
+            // Of a huge page in pieces the kernel asks whether its first page is exclusive, whichever is to move, and
+            // that one may be gone. Ageing the pieces splits it into pages of their own.
+            // SAFETY: changes no contents.
+            let _ = unsafe { sys::advise(run, Advice::LinuxCold) };
         }
         made
     }

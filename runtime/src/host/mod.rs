@@ -12,7 +12,6 @@
 //! | `pagemap` | which pages are present, huge, written |
 //! | `shadow`, `pool` | where pages wait; huge pages made ready |
 //! | `flip`, `remap` | moves pages between application and shadow |
-//! | `touched` | what usvm's own threads touch at home, and may wait for |
 //! | [`service`] | answers faults and events |
 //! | [`fork`] | what happens around a fork; `child`: what a child gets that was forked without it |
 //! | [`budget`] | how much host memory may be retained |
@@ -44,7 +43,6 @@ mod spanset;
 mod sys;
 #[cfg(test)]
 mod tests;
-mod touched;
 mod vma;
 
 use self::budget::Budget;
@@ -56,10 +54,10 @@ use self::pool::{Ground, Pool};
 use self::registered::Registered;
 use self::shadow::{Filled, ShadowArea};
 use self::sys::RegisterMode;
-use self::touched::Touched;
 use self::vma::Maps;
 use crate::ground::addr::{PageMask, SZ_2M, SZ_4K, Span};
 use crate::ground::error::{Errno, Error, Result};
+use crate::ground::fds::Kept;
 use crate::space::ports::{AddressSpace, FlipError, FlipStop, HostMemory, Shadow, Vma};
 use rustix::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -108,7 +106,7 @@ pub struct Host {
     pool: Pool,
     shadow: ShadowArea,
     own_remaps: Mutex<Vec<(u64, u64)>>,
-    touched: Touched,
+    memory: Option<Kept>,
     budget: Budget,
     stats: HostStats,
 }
@@ -132,7 +130,8 @@ impl Host {
             pool: Pool::new(options.prepared, by_move),
             shadow: ShadowArea::new(filled, options.arena_max),
             own_remaps: Mutex::default(),
-            touched: Touched::default(),
+            // Without it, memory that is mostly read moves to the device where it could have been copied.
+            memory: features::proc_file("/proc/self/mem").ok().map(Kept::new),
             budget: Budget::new(),
             stats: HostStats::default(),
             report,
@@ -433,6 +432,12 @@ impl HostMemory for Host {
         self.registered_now(span)
     }
 
+    fn mappings_change(&self) -> bool {
+        // An event that is being read is in the one count or in the other.
+        let _unread = self.channel.hold_messages();
+        self.channel.is_changing() || sys::uffd_is_changing(self.channel.uffd())
+    }
+
     fn present(&self, span: Span) -> PageMask {
         // When nobody can tell, every page may be there: a flip then fails, and nothing is taken for a hole.
         self.present_or(span, PageMask::first(span.pages()))
@@ -533,12 +538,15 @@ impl HostMemory for Host {
         if self.channel.is_changing() { Err(FlipError::Again) } else { self.fill_zeroes(page) }
     }
 
-    fn touching(&self, span: Span, f: &mut dyn FnMut()) {
-        self.touched.during(span, f);
-    }
-
-    fn fill_touched(&self, page: u64) -> Option<std::result::Result<(), FlipError>> {
-        self.touched.fill(page, || self.fill_zeroes(page))
+    fn read_home(&self, from: u64, to: &mut [u8]) -> Result<usize> {
+        let Some(memory) = &self.memory else {
+            return Err(Error::NotSupported("reading /proc/self/mem".into()));
+        };
+        match sys::memory_read(memory.as_fd(), from, to) {
+            Ok(0) | Err(Errno(libc::EIO | libc::EFAULT)) => Err(Error::Gone { addr: from }),
+            Ok(read) => Ok(read),
+            Err(errno) => Err(Error::os("reading /proc/self/mem", errno)),
+        }
     }
 
     fn wake(&self, span: Span) {
@@ -571,6 +579,7 @@ impl HostMemory for Host {
 }
 
 impl Host {
+    /// Zeroes into the hole at `page`, which the caller knows to be one.
     fn fill_zeroes(&self, page: u64) -> std::result::Result<(), FlipError> {
         let span = Span::around(page, SZ_4K);
         match self.fill(span, || sys::uffd_zeropage(self.channel.uffd(), span)) {

@@ -23,9 +23,10 @@
 //!    has not landed.
 //! 3. While any event is unread, every flip answers EAGAIN. Whoever gets that puts the fault back, so that the next
 //!    read comes first. No thread waits for a lock while it reads, except for a range's own, in an event. Its
-//!    holder may wait for the reader with it: in an mremap of usvm's own, where pages cannot be moved otherwise, or for a
-//!    page of the program that it touches (`touched`). So the reader reads on while it waits, serves such faults
-//!    at once, and handles the rest when its turn comes.
+//!    holder may wait for the reader with it: in an mremap of usvm's own, where pages cannot be moved otherwise. So the
+//!    reader reads on while it waits. For a page of the program the holder never waits: what usvm does with pages at home
+//!    fails where one is missing ([`crate::space::ports::HostMemory::read_home`]). Nobody could serve such a fault: whether
+//!    the page is a hole, or mremap has contents on their way there, only the events tell that wait for the range.
 //! 4. [`Service::barrier`] returns when every event queued before the call was handled. A device access begins with it.
 //!
 //! # Waiting for messages
@@ -267,16 +268,10 @@ impl Service {
     }
 
     /// What is done while an event cannot be handled, because another thread has its range: whoever caused an event can go
-    /// on, and so can the other thread where it waits for a page itself.
+    /// on.
     fn read_on_meanwhile(&self) {
         // Nothing can be done about an error here; the next read tells it.
         let _ = self.read_on();
-        let waits = |addr| self.svm.fill_touched(align_down(addr, SZ_4K)) != Some(Served::Done);
-        self.unhandled().retain(|message| match message {
-            Message::Fault { addr, .. } => waits(*addr),
-            _ => true,
-        });
-        self.queue().retain(|fault| waits(fault.addr));
     }
 
     /// Reads all messages and handles none.

@@ -327,6 +327,35 @@ pub(super) fn pagemap_read(pagemap: BorrowedFd<'_>, addr: u64, words: &mut [u64]
     Ok(rustix::io::pread(pagemap, bytes, offset)? / size_of::<u64>())
 }
 
+/// pread(2) of /proc/self/mem: reads this process's memory at `addr`. Where a page is missing under userfaultfd it fails
+/// with EIO and queues no fault: that file's accesses do not wait (FAULT_FLAG_ALLOW_RETRY is not set).
+pub(super) fn memory_read(memory: BorrowedFd<'_>, addr: u64, to: &mut [u8]) -> Result<usize> {
+    inject::check(Call::MemoryRead)?;
+    Ok(rustix::io::pread(memory, to, addr)?)
+}
+
+/// Gives this process a page of its own at `page`, which may be shared copy-on-write, and changes nothing in it: a
+/// FUTEX_WAKE_OP that ORs zero to its first word. EFAULT where a page is missing under userfaultfd (as above, it does not
+/// wait) or may not be written. Somebody who waits for that very word may be woken for nothing, which futexes allow.
+pub(super) fn make_own(page: u64) -> Result<()> {
+    /// FUTEX_OP_OR, and the comparison that is rarely true: below -2048.
+    const OR_NOTHING: libc::c_int = 2 << 28 | 2 << 24 | 0x800;
+    inject::check(Call::MakeOwn)?;
+    let nobody = 0u32;
+    let op = libc::FUTEX_WAKE_OP | libc::FUTEX_PRIVATE_FLAG;
+    // SAFETY: the first word is a local one that nobody waits for. The kernel checks the other; it is changed to itself,
+    // atomically.
+    let done = unsafe {
+        let none = std::ptr::null::<libc::timespec>();
+        libc::syscall(libc::SYS_futex, &raw const nobody, op, 0, none, page, OR_NOTHING)
+    };
+    if done < 0 {
+        Err(Errno(std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EFAULT)))
+    } else {
+        Ok(())
+    }
+}
+
 /// PROCMAP_QUERY: the mapping that covers `addr` or the next one; `name` takes its name.
 pub(super) fn procmap_query(maps: BorrowedFd<'_>, addr: u64, name: &mut [u8]) -> Result<uapi::procmap_query> {
     let mut arg = uapi::procmap_query {

@@ -28,6 +28,9 @@ use crate::space::residency::{Moved, Residency, State, bytes};
 use crate::space::timeslice::Rule;
 use crate::vram::copy::Copier;
 
+/// Bytes of memory at home that are read before they are copied to the device.
+const READ_AT_ONCE: u64 = 256 << 10;
+
 /// A range with its residency.
 pub type Range = SpaceRange<Residency>;
 
@@ -697,11 +700,17 @@ impl Mover {
         let Some(bo) = &m.bo else { unreachable!("made above or shared") };
         let present = self.host.present(span);
         let dev = self.device(device);
+        let mut buffer = vec![0; span.len().min(READ_AT_ONCE) as usize];
         for (first, count) in pages.and(&present).runs() {
-            let (at, run) = (first as u64 * SZ_4K, span.page_run(first, count));
-            let mut copied = Ok(());
-            self.host.touching(run, &mut || copied = dev.upload_live(bo, at, run.start, run.len()));
-            copied?;
+            let (mut at, end) = (first as u64 * SZ_4K, (first + count) as u64 * SZ_4K);
+            while at < end {
+                let piece = &mut buffer[..(end - at).min(READ_AT_ONCE) as usize];
+                // A page that the program drops in this moment is an error: to wait for it with the range locked would be
+                // to wait for whoever needs the lock.
+                let read = self.host.read_home(span.start + at, piece)?;
+                dev.upload_bytes(bo, at, &piece[..read])?;
+                at += read as u64;
+            }
         }
         if !tracked {
             for (first, count) in pages.minus(&present).runs() {

@@ -119,6 +119,9 @@ pub trait HostMemory: AddressSpace {
     /// mapping was unmapped and a new one stands in its place.
     fn is_registered(&self, span: Span) -> bool;
 
+    /// Whether some call has changed mappings of which the space does not know yet: its event is unread or not handled.
+    fn mappings_change(&self) -> bool;
+
     /// Pages of `span` that are present (not holes, not swapped out is present too).
     fn present(&self, span: Span) -> PageMask;
 
@@ -178,13 +181,10 @@ pub trait HostMemory: AddressSpace {
     /// Fills a hole with zeroes (present already is success) and wakes its waiters.
     fn zero_fill(&self, page: u64) -> std::result::Result<(), FlipError>;
 
-    /// Does `f`, which touches `span`, with its range locked and all of `span` at home. If the program drops a page of it
-    /// meanwhile, the access waits as any other does; [`HostMemory::fill_touched`] serves it.
-    fn touching(&self, span: Span, f: &mut dyn FnMut());
-
-    /// [`HostMemory::zero_fill`] if somebody touches the page now. Needs no lock of its range, and who touches it goes
-    /// on after this.
-    fn fill_touched(&self, page: u64) -> Option<std::result::Result<(), FlipError>>;
+    /// Reads memory at `from` that is at home, up to `to.len()` bytes, and never waits: [`Error::Gone`] where a page is
+    /// missing, whatever the reason. Says how many bytes, at least one. [`Error::NotSupported`] where this process may not
+    /// read its memory so.
+    fn read_home(&self, from: u64, to: &mut [u8]) -> Result<usize>;
 
     /// Wakes the waiters of `span`: their faults are tried again.
     fn wake(&self, span: Span);
@@ -266,9 +266,8 @@ pub trait Device: Send + Sync {
     /// Copies `len` bytes at `at` of `shadow` to `at` of `bo`.
     fn upload(&self, bo: &Bo, shadow: &Shadow, at: u64, len: u64) -> Result<()>;
 
-    /// Copies `len` bytes of the application's memory at `from`, which may change or go away meanwhile, to `at` of
-    /// `bo`. EFAULT ([`Error::Gone`]) when some of it cannot be read.
-    fn upload_live(&self, bo: &Bo, at: u64, from: u64, len: u64) -> Result<()>;
+    /// Copies `bytes`, usvm's own memory, to `at` of `bo`.
+    fn upload_bytes(&self, bo: &Bo, at: u64, bytes: &[u8]) -> Result<()>;
 
     /// Copies `len` bytes at `at` of `bo` to `at` of `shadow`.
     fn download(&self, bo: &Bo, shadow: &Shadow, at: u64, len: u64) -> Result<()>;

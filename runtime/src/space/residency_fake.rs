@@ -445,6 +445,10 @@ impl HostMemory for FakeHost {
         pages_of(span).all(|addr| k.registered(addr))
     }
 
+    fn mappings_change(&self) -> bool {
+        self.kernel().unread > 0
+    }
+
     fn present(&self, span: Span) -> PageMask {
         let k = self.kernel();
         let mut mask = PageMask::EMPTY;
@@ -573,12 +577,17 @@ impl HostMemory for FakeHost {
         Some(mask)
     }
 
-    fn touching(&self, _span: Span, f: &mut dyn FnMut()) {
-        f();
-    }
-
-    fn fill_touched(&self, _page: u64) -> Option<std::result::Result<(), FlipError>> {
-        None
+    fn read_home(&self, from: u64, to: &mut [u8]) -> Result<usize> {
+        for (page, bytes) in to.chunks_mut(SZ_4K as usize).enumerate() {
+            let addr = from + page as u64 * SZ_4K;
+            let (value, _) = self.peek(addr);
+            match value.filter(|_| self.rights(addr).0) {
+                Some(value) => bytes[..8].copy_from_slice(&value.to_ne_bytes()),
+                None if page == 0 => return Err(Error::Gone { addr }),
+                None => return Ok(page * SZ_4K as usize),
+            }
+        }
+        Ok(to.len())
     }
 
     fn zero_fill(&self, page: u64) -> StdResult<(), FlipError> {
@@ -805,12 +814,11 @@ impl Device for FakeDevice {
         Ok(())
     }
 
-    fn upload_live(&self, bo: &Bo, at: u64, from: u64, len: u64) -> Result<()> {
-        let mut card = self.alive(bo, at, len)?;
-        for offset in pages_of(Span::sized(0, len)) {
-            let (value, _) = self.host.peek(from + offset);
-            let value = value.filter(|_| self.host.rights(from + offset).0);
-            card.memory.insert(bo.offset + at + offset, value.ok_or(Error::Gone { addr: from + offset })?);
+    fn upload_bytes(&self, bo: &Bo, at: u64, bytes: &[u8]) -> Result<()> {
+        let mut card = self.alive(bo, at, bytes.len() as u64)?;
+        for (page, bytes) in bytes.chunks(SZ_4K as usize).enumerate() {
+            let value = u64::from_ne_bytes(bytes[..8].try_into().expect("eight"));
+            card.memory.insert(bo.offset + at + page as u64 * SZ_4K, value);
         }
         Ok(())
     }

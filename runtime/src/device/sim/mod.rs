@@ -381,18 +381,9 @@ impl Device for SimDevice {
         Ok(())
     }
 
-    fn upload_live(&self, bo: &Bo, at: u64, from: u64, len: u64) -> Result<()> {
-        let offset = self.place(bo, at, len)?;
-        let mut bounce = vec![0u8; len.min(BOUNCE) as usize];
-        let mut done = 0;
-        while done < len {
-            let piece = (len - done).min(BOUNCE) as usize;
-            let got = system::read(from + done, &mut bounce[..piece])
-                .map_err(|_| Error::Gone { addr: from + done })?;
-            let host = HostPiece::own(&bounce[..got]);
-            self.perform(offset + done, got as u64, Action::Upload(host))?;
-            done += got as u64;
-        }
+    fn upload_bytes(&self, bo: &Bo, at: u64, bytes: &[u8]) -> Result<()> {
+        let len = bytes.len() as u64;
+        self.perform(self.place(bo, at, len)?, len, Action::Upload(HostPiece::own(bytes)))?;
         self.shared.ledger.uploaded.add(len);
         Ok(())
     }
@@ -477,9 +468,6 @@ fn stop<'a>(shared: &Shared, engines: impl Iterator<Item = &'a mut Engine>) {
     engines.iter().for_each(|e| e.wake());
     engines.into_iter().for_each(Engine::join);
 }
-
-/// Bytes of live memory read at once.
-const BOUNCE: u64 = 256 << 10;
 
 /// Something done to a stretch of device memory.
 #[derive(Debug, Clone, Copy)]

@@ -234,8 +234,13 @@ impl Svm {
         }
         let strangers = self.strangers(&range, &state, range.span());
         if !strangers.is_empty() {
+            // What mremap took away looks like what was unmapped. Only the event tells which, and here it was not handled
+            // yet: the range is locked.
+            let told_later = mover.host.mappings_change();
             drop(state);
-            self.replaced(&range, &strangers);
+            if !told_later {
+                self.replaced(&range, &strangers);
+            }
             return Ok(None);
         }
         let migratable = range.flags().contains(RangeFlags::MIGRATE_DEVMEM);

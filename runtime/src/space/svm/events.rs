@@ -39,8 +39,8 @@ impl Svm {
         found
     }
 
-    /// Mappings under `strangers` of the range were replaced and the event that says so is late: their old contents are
-    /// nobody's. The range's other pages are as good as before.
+    /// Mappings under `strangers` of the range were replaced and no event says so: their old contents are nobody's. The
+    /// range's other pages are as good as before.
     pub(super) fn replaced(&self, range: &Arc<Range>, strangers: &PageMask) {
         for (first, count) in strangers.runs() {
             self.unmapped(range.span().page_run(first, count));

@@ -24,13 +24,7 @@ impl Svm {
             return Served::Retry(Wait::Events);
         }
         let Some(range) = self.space.find(page) else { return self.rangeless(page) };
-        let unlocked = range.data.try_lock();
-        if unlocked.is_none()
-            && let Some(served) = self.fill_touched(page)
-        {
-            return served;
-        }
-        let mut state = match unlocked {
+        let mut state = match range.data.try_lock() {
             Some(state) => state,
             // Whoever has it may wait for an event that only a thread like this one reads: never wait for it long.
             None if patient => match try_a_while(&range) {
@@ -156,17 +150,8 @@ impl Svm {
         served
     }
 
-    /// Serves a fault at a page that a thread of usvm touches, with its range locked. Any thread, whatever it holds.
-    pub fn fill_touched(&self, page: u64) -> Option<Served> {
-        self.mover.host.fill_touched(page).map(|filled| self.filled(page, filled))
-    }
-
     fn zero(&self, page: u64) -> Served {
-        self.filled(page, self.mover.host.zero_fill(page))
-    }
-
-    fn filled(&self, page: u64, filled: std::result::Result<(), FlipError>) -> Served {
-        match filled {
+        match self.mover.host.zero_fill(page) {
             Ok(()) => Served::Done,
             Err(FlipError::Again | FlipError::NoMemory) => Served::Retry(Wait::Events),
             // The mapping is gone: the access is tried again and gets what the kernel has to say.
