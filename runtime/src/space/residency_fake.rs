@@ -119,7 +119,7 @@ struct Kernel {
     next_slot: u64,
     /// Device memory that was lent last.
     lent: BTreeMap<u64, u64>,
-    /// Events nobody read yet: no page moves.
+    /// Events that nobody read or handled yet: no page moves.
     unread: u32,
     dice: Dice,
     /// One in so many calls is stopped; 0 is never.
@@ -235,10 +235,6 @@ impl FakeHost {
 
     pub fn set_unread(&self, unread: bool) {
         self.kernel().unread = unread.into();
-    }
-
-    pub fn is_unread(&self) -> bool {
-        self.kernel().unread > 0
     }
 
     /// mmap with MAP_FIXED of fresh anonymous memory.
@@ -357,12 +353,13 @@ impl FakeHost {
         k.areas.values_mut().for_each(|a| (a.registered, a.tracked) = (false, false));
     }
 
-    /// Pages where the books and the kernel disagree.
+    /// Pages that the books have and the kernel has not. It may be the other way round: a place is registered for a new
+    /// mapping before it is told that mremap took the old one away.
     pub fn misbooked(&self) -> Vec<u64> {
         let k = self.kernel();
         let real: BTreeSet<u64> =
             k.areas.iter().filter(|(_, a)| a.registered).map(|(addr, _)| *addr).collect();
-        k.book.symmetric_difference(&real).copied().collect()
+        k.book.difference(&real).copied().collect()
     }
 }
 
@@ -408,6 +405,9 @@ impl HostMemory for FakeHost {
 
     fn unregister(&self, span: Span) {
         let mut k = self.kernel();
+        if k.unread > 0 {
+            return;
+        }
         for addr in pages_of(span) {
             if k.book.remove(&addr)
                 && let Some(area) = k.areas.get_mut(&addr)
@@ -435,8 +435,8 @@ impl HostMemory for FakeHost {
     fn moved(&self, from: u64, to: u64, len: u64) {
         let mut k = self.kernel();
         let there: Vec<u64> = k.book.range(from..from + len).copied().collect();
-        let (old, new) = (Span::sized(from, len), Span::sized(to, len));
-        k.book.retain(|addr| !old.contains(*addr) && !new.contains(*addr));
+        let old = Span::sized(from, len);
+        k.book.retain(|addr| !old.contains(*addr));
         k.book.extend(there.iter().map(|addr| addr - from + to));
     }
 

@@ -46,12 +46,12 @@ pub(super) enum Op {
     Shrink(u64),
     ReadMostly(usize, usize, bool),
     Policy(u32),
-    /// Late: 0 at once, 1 unread, 2 read but not handled.
+    /// Late: its event is handled by and by.
     Unmap {
         first: usize,
         count: usize,
         again: bool,
-        late: u8,
+        late: bool,
     },
     Map(usize, usize),
     DontNeed(usize, usize),
@@ -59,7 +59,7 @@ pub(super) enum Op {
         from: usize,
         to: usize,
         count: usize,
-        late: u8,
+        late: bool,
     },
     Protect(usize, usize, u8),
     Deliver,
@@ -87,12 +87,12 @@ pub(super) fn decode(pages: usize, (kind, a, b, c): (u8, u16, u16, u8)) -> Op {
         150..155 => Op::Shrink(u64::from(b % 8) * SZ_4K * 4),
         155..160 => Op::ReadMostly(first, count, c & 1 == 0),
         160..166 => Op::Policy(u32::from(b % 4)),
-        166..182 => Op::Unmap { first, count, again: c & 64 != 0, late: c / 5 % 3 },
+        166..182 => Op::Unmap { first, count, again: c & 64 != 0, late: c / 5 % 2 == 1 },
         182..192 => Op::Map(first, count),
         192..202 => Op::DontNeed(first, count),
         202..212 => {
             let to = b as usize / 7 % pages;
-            Op::Remap { from: first, to, count: count.min(pages - to), late: c / 5 % 3 }
+            Op::Remap { from: first, to, count: count.min(pages - to), late: c / 5 % 2 == 1 }
         }
         212..220 => Op::Protect(first, count, c % 3),
         220..228 => Op::Deliver,
