@@ -182,6 +182,11 @@ fn mappings_under_the_programs_hands() {
     the_same(&compile("maps.c", "maps", &[]), &[], ALL, true);
 }
 
+#[test]
+fn mappings_that_move_over_others() {
+    the_same(&compile("remap.c", "remap", &[]), &[], ALL, true);
+}
+
 /// What another library interposes comes after the preload library, and is called once for each call of the program.
 #[test]
 fn other_libraries_that_watch_mappings() {

@@ -269,6 +269,59 @@ fn faults_name_address_kind_and_thread() {
     assert_eq!(reader.join().unwrap(), 0, "unregistering lets the kernel serve");
 }
 
+/// mremap changes the mappings first and tells afterwards. What it brings needs its registration, for contents that are
+/// away and still to land, and is not what the books know of that place.
+#[test]
+fn what_mremap_brings_stays_registered() {
+    let _t = alone();
+    // Over memory that the books have, and over memory that was never registered.
+    for known in [true, false] {
+        let host = host();
+        let source = Area::small(16 * SZ_4K);
+        let place = Area::small(16 * SZ_4K);
+        host.register(source.span).unwrap();
+        if known {
+            host.register(place.span).unwrap();
+        }
+        let (from, to, len) = (source.span.start, place.span.start, source.span.len());
+        let caller = std::thread::spawn(move || {
+            let at = |addr: u64| std::ptr::with_exposed_provenance_mut::<libc::c_void>(addr as usize);
+            // SAFETY: nothing refers to either place.
+            let new = unsafe {
+                let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+                libc::mremap(at(from), len as usize, len as usize, flags, at(to))
+            };
+            assert_eq!(new.addr() as u64, to);
+        });
+        let let_go = || {
+            host.unregister(place.span);
+            host.let_go(place.span.page_run(3, 1));
+            host.kernel_registered(place.span).expect("the kernel tells")
+        };
+        assert!(host.poll(Some(Duration::from_secs(10))).unwrap().messages);
+        assert!(let_go(), "while the event is unread");
+        let mut messages = Vec::new();
+        while !caller.is_finished() {
+            host.read_batch(&mut messages).unwrap();
+        }
+        caller.join().unwrap();
+        assert!(let_go(), "while it is not handled");
+        for message in &messages {
+            match *message {
+                Message::Unmap(span) if span == place.span => assert!(known),
+                Message::Unmap(span) => host.forget(span),
+                Message::Remap { from, to, len } => host.moved(from, to, len),
+                _ => panic!("{message:?}"),
+            }
+        }
+        assert!(let_go(), "until the last one is");
+        handled(&host, &messages);
+        assert!(host.is_registered(place.span));
+        assert!(!let_go(), "now it is not needed any more");
+        assert!(!host.mappings_change());
+    }
+}
+
 #[test]
 fn the_shadow_names_the_limit_it_meets() {
     const LIMITED: &str = "USVM_TEST_LIMITED";
