@@ -9,20 +9,17 @@
 //! PROCMAP_QUERY takes none. Reading the file shares one buffer under a lock.
 //!
 //! # Limits
-//! Neighbours are joined up to [`REACH`] bytes beyond the address, farther than any notifier window needs; a mapping
-//! registered piecewise over more than that is shown in parts. /dev/zero mapped privately counts as a file.
+//! Neighbours are joined as far as the aligned 2 MiB around the address reach, which is where its range can be; a mapping
+//! registered piecewise is shown in parts beyond. /dev/zero mapped privately counts as a file.
 
 use super::sys;
-use crate::ground::addr::{SZ_4K, Span};
+use crate::ground::addr::{SZ_2M, SZ_4K, Span};
 use crate::ground::error::{Errno, Error, Result};
 use crate::ground::fds::Kept;
 use crate::space::ports::{Vma, VmaKind};
 use linux_raw_sys::general::{procmap_query, procmap_query_flags as flag};
 use rustix::fd::{AsFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
-
-/// How far beyond an address pieces of one mapping are joined.
-pub(super) const REACH: u64 = 64 << 20;
 
 /// One mapping as the kernel has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -255,12 +252,14 @@ pub(super) fn view(
 ) -> Result<Option<Vma>> {
     let Some(raw) = maps.find(addr)? else { return Ok(None) };
     let mut whole = raw;
+    // Each piece costs a system call, and there may be one for each page.
+    let block = Span::around(addr, SZ_2M);
     if raw.kind == VmaKind::Anonymous {
-        while whole.span.end - addr < REACH && is_cut(whole.span.end) {
+        while whole.span.end < block.end && is_cut(whole.span.end) {
             let Some(next) = maps.find(whole.span.end)?.filter(|n| whole.joins(n)) else { break };
             whole.span.end = next.span.end;
         }
-        while addr - whole.span.start < REACH && whole.span.start > 0 && is_cut(whole.span.start) {
+        while whole.span.start > block.start && is_cut(whole.span.start) {
             let Some(next) = maps.find(whole.span.start - 1)?.filter(|n| whole.joins(n)) else { break };
             whole.span.start = next.span.start;
         }

@@ -39,6 +39,28 @@ fn registered_parts_do_not_show() {
     }
 }
 
+/// Each piece costs a system call; a program under chaos has thousands.
+#[test]
+fn a_mapping_in_many_pieces_is_joined_where_a_range_can_be() {
+    let _t = together();
+    for host in hosts() {
+        let area = Area::small(6 * SZ_2M);
+        for addr in (area.span.start..area.span.end).step_by(2 * SZ_4K as usize) {
+            host.register(Span::sized(addr, SZ_4K)).unwrap();
+        }
+        for page in [600, 1024, 1535] {
+            let addr = area.span.start + page * SZ_4K;
+            let block = Span::around(addr, SZ_2M);
+            let seen = vma(&host, addr).span;
+            assert!(seen.covers(block.intersect(area.span).unwrap()), "{seen} of {block}");
+            assert!(
+                seen.start + SZ_4K >= block.start && seen.end <= block.end + SZ_4K,
+                "{seen} beyond {block}"
+            );
+        }
+    }
+}
+
 #[test]
 fn real_boundaries_show() {
     let _t = together();
