@@ -9,7 +9,6 @@ use usvm::ground::addr::{PageMask, Span};
 use usvm::ground::error::Error;
 use usvm::host::Options;
 use usvm::host::features::Features;
-use usvm::space::ports::HostMemory;
 use usvm::{Config, Hint, Location, Runtime};
 use usvm_tests::support::*;
 

@@ -44,7 +44,7 @@ fn registered_parts_do_not_show() {
 fn a_mapping_in_many_pieces_is_joined_where_a_range_can_be() {
     let _t = together();
     for host in hosts() {
-        let area = Area::small(6 * SZ_2M);
+        let area = Area::new(6 * SZ_2M, false);
         for addr in (area.span.start..area.span.end).step_by(2 * SZ_4K as usize) {
             host.register(Span::sized(addr, SZ_4K)).unwrap();
         }
@@ -58,6 +58,7 @@ fn a_mapping_in_many_pieces_is_joined_where_a_range_can_be() {
                 "{seen} beyond {block}"
             );
         }
+        drop(host);
     }
 }
 
