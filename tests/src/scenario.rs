@@ -56,6 +56,7 @@ impl Scenario {
             }
             if round == 1 {
                 self.holes(runtime, 15);
+                self.over_the_link(runtime, 16);
             }
             if self.fork {
                 self.forks(runtime, round);
@@ -234,6 +235,36 @@ impl Scenario {
         self.note(seen);
         (1..32).step_by(4).for_each(|page| set(&mut model, page));
         mem.check_words(0, 32 * K4, |i| model[i as usize]);
+    }
+
+    /// Memory that never migrates: the device stores into it and reads it where it is.
+    fn over_the_link(&mut self, runtime: &Runtime, seed: u64) {
+        let mem = Mem::shared(2 * K4);
+        mem.fill(seed);
+        let (at, len, half) = (mem.at, mem.len, mem.len / 2);
+        let stored =
+            runtime.launch(0, move |gpu| crate::support::gpu_fill(gpu, at, half, 0, seed + 1)).wait(None);
+        let well = self.note(stored);
+        let stored: Vec<u64> = mem.words::<u64>().iter().map(|word| word.load(Relaxed)).collect();
+        for (i, got) in (0..half / 8).zip(&stored) {
+            let (old, new) = (value(seed, i), value(seed + 1, i));
+            assert!(
+                *got == new || !well && *got == old,
+                "word {i:#x} is {got:#x}; errors: {:?}",
+                self.errors
+            );
+        }
+        mem.check_words(half, half, |i| value(seed, i));
+        let seen = runtime.launch(0, move |gpu| {
+            let mut bytes = vec![0; len as usize];
+            gpu.read(at, &mut bytes)?;
+            let right = bytes.chunks_exact(8).zip(&stored).all(|(b, word)| b == word.to_le_bytes());
+            let wrong =
+                || Error::Invalid { argument: "data", reason: "the device reads over the link wrong".into() };
+            if right { Ok(()) } else { Err(wrong()) }
+        });
+        let seen = seen.wait(None);
+        self.note(seen);
     }
 
     /// A child sees everything as it was at the fork, wherever it was.

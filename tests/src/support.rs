@@ -151,24 +151,29 @@ impl Word for u64 {
 impl Mem {
     /// `len` bytes, rounded up to pages, with the kernel's default for huge pages.
     pub fn new(len: u64) -> Self {
-        Self::mapped(len, None)
+        Self::mapped(len, libc::MAP_PRIVATE, None)
     }
 
     /// As [`Mem::new`], in huge pages where there are any.
     pub fn huge(len: u64) -> Self {
-        Self::mapped(len, Some(libc::MADV_HUGEPAGE))
+        Self::mapped(len, libc::MAP_PRIVATE, Some(libc::MADV_HUGEPAGE))
     }
 
     /// As [`Mem::new`], in small pages.
     pub fn small(len: u64) -> Self {
-        Self::mapped(len, Some(libc::MADV_NOHUGEPAGE))
+        Self::mapped(len, libc::MAP_PRIVATE, Some(libc::MADV_NOHUGEPAGE))
     }
 
-    fn mapped(len: u64, advice: Option<i32>) -> Self {
+    /// Memory shared with children, which devices reach over the link: it never migrates.
+    pub fn shared(len: u64) -> Self {
+        Self::mapped(len, libc::MAP_SHARED, None)
+    }
+
+    fn mapped(len: u64, sharing: i32, advice: Option<i32>) -> Self {
         let len = len.next_multiple_of(K4);
         let all = len + M2;
         let protection = libc::PROT_READ | libc::PROT_WRITE;
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let flags = sharing | libc::MAP_ANONYMOUS;
         // SAFETY: a new mapping at an address of the kernel's choice.
         let raw = unsafe { libc::mmap(std::ptr::null_mut(), all as usize, protection, flags, -1, 0) };
         assert_ne!(raw, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());

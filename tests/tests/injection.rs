@@ -49,6 +49,7 @@ fn errnos(call: Call) -> &'static [i32] {
         Call::Register => &[libc::ENOMEM, libc::EBUSY, libc::EINVAL],
         Call::Wake | Call::Poll | Call::Read | Call::Futex => &[libc::EINTR, libc::EAGAIN],
         Call::ProcessVm => &[libc::EFAULT, libc::ENOMEM, libc::EPERM],
+        Call::MemoryRead => &[libc::EIO, libc::ENOMEM, libc::EPERM],
         Call::ProcmapQuery | Call::PagemapScan => &[libc::ENOTTY, libc::ENOMEM, libc::EFAULT],
         _ => &[libc::ENOMEM, libc::EAGAIN],
     }
@@ -115,6 +116,11 @@ fn memory_is_not_reached_over_the_link() {
 }
 
 #[test]
+fn memory_at_home_is_not_read() {
+    all(&[Call::MemoryRead], usual());
+}
+
+#[test]
 fn everything_else() {
     let covered = [
         Call::Move,
@@ -138,6 +144,7 @@ fn everything_else() {
         Call::Poll,
         Call::Futex,
         Call::ProcessVm,
+        Call::MemoryRead,
     ];
     let rest: Vec<Call> = Call::ALL.iter().copied().filter(|c| !covered.contains(c)).collect();
     for call in rest.into_iter().filter(|call| *call != Call::HeapMemory) {

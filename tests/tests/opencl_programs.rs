@@ -88,6 +88,30 @@ fn svm_programs_compute_the_same() {
     }
 }
 
+/// Where the memory is after the hints shows in who has to fetch it.
+#[test]
+fn hints_go_where_they_say() {
+    if !available() {
+        return;
+    }
+    let program = compile("tests/opencl/hints.c");
+    let faults = |hints: &str| {
+        let ran = run(command(&program, Way::Both)
+            .arg(hints)
+            .envs(MOVING[1].iter().copied())
+            .env("USVM_VRAM", "32M"));
+        let ran = ran.well();
+        assert_eq!(ran.out, "hints: verified\n");
+        ran.count("cpu_faults")
+    };
+    for (there, back) in [("u", "um"), ("d", "dh"), ("um", "umu"), ("dh", "dhd")] {
+        let (first, second) = (faults(there), faults(back));
+        let (away, home) = if there.len() == 1 { (first, second) } else { (second, first) };
+        // 8 MiB are four ranges; the program has other memory that may be in one of them.
+        assert!(away >= 4 && home + 3 <= away, "{there}: {first} faults, {back}: {second}");
+    }
+}
+
 #[test]
 fn system_memory_is_offered_where_the_device_runs_in_this_process() {
     if !available() {
