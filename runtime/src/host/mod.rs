@@ -394,7 +394,8 @@ impl HostMemory for Host {
         for part in books.unneeded() {
             match self.release(part, &unread) {
                 Ok(()) => books.take(part),
-                Err(Errno(libc::EAGAIN)) => {}
+                // For all of them: the next call tries again.
+                Err(Errno(libc::EAGAIN)) => break,
                 // Nothing is mapped there any more; the event is on its way.
                 Err(Errno(libc::EINVAL)) if self.kernel_registered(part) == Some(false) => books.forget(part),
                 Err(errno) => {
