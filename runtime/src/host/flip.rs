@@ -304,7 +304,7 @@ impl Host {
 
     /// Breaks copy-on-write of those `pages` of `app` that are there: each gets a page of its own. Pages stay where they
     /// are; what cannot be done (no memory, or the application dropped the page in this moment) stays as it is. Gives how
-    /// many there are now.
+    /// many there are now. One system call for each page, most of which copies it.
     pub(super) fn make_own(&self, app: Span, pages: &PageMask) -> u64 {
         let there = self.present_or(app, PageMask::EMPTY);
         let mut made = 0;

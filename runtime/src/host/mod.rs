@@ -106,6 +106,7 @@ pub struct Host {
     pool: Pool,
     shadow: ShadowArea,
     own_remaps: Mutex<Vec<(u64, u64)>>,
+    /// /proc/self/mem.
     memory: Option<Kept>,
     budget: Budget,
     stats: HostStats,
@@ -245,8 +246,13 @@ impl Host {
 
     /// Lets go of everything that is registered. What is missing then reads as zeroes: bring everything home before.
     pub fn unregister_all(&self) {
-        for span in self.registered_spans() {
-            self.unregister(span);
+        // Also while mappings change: with everything home, nothing is to land anywhere.
+        let mut books = self.books_mut();
+        for span in books.iter().collect::<Vec<_>>() {
+            match sys::uffd_unregister(self.channel.uffd(), span) {
+                Ok(()) => books.take(span),
+                Err(errno) => tracing::warn!(%errno, %span, "stays under userfaultfd"),
+            }
         }
     }
 

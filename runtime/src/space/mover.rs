@@ -699,9 +699,10 @@ impl Mover {
         };
         let Some(bo) = &m.bo else { unreachable!("made above or shared") };
         let present = self.host.present(span);
+        let copying = pages.and(&present);
         let dev = self.device(device);
-        let mut buffer = vec![0; span.len().min(READ_AT_ONCE) as usize];
-        for (first, count) in pages.and(&present).runs() {
+        let mut buffer = vec![0; bytes(&copying).min(READ_AT_ONCE) as usize];
+        for (first, count) in copying.runs() {
             let (mut at, end) = (first as u64 * SZ_4K, (first + count) as u64 * SZ_4K);
             while at < end {
                 let piece = &mut buffer[..(end - at).min(READ_AT_ONCE) as usize];
@@ -718,7 +719,7 @@ impl Mover {
             }
         }
         m.shared = true;
-        let copied = bytes(&pages.and(&present));
+        let copied = bytes(&copying);
         let saved = bytes(&present.minus(&pages));
         self.observer.migrated(Direction::ToDevice, cause, span, copied, saved, device, started);
         Ok(())

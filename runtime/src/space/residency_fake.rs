@@ -120,7 +120,7 @@ struct Kernel {
     /// Device memory that was lent last.
     lent: BTreeMap<u64, u64>,
     /// Events that nobody read or handled yet: no page moves.
-    unread: u32,
+    changing: u32,
     dice: Dice,
     /// One in so many calls is stopped; 0 is never.
     stop_every: u64,
@@ -174,7 +174,7 @@ impl Kernel {
 
     /// After how many of `pages` a transfer is stopped, and why.
     fn plan(&mut self, pages: usize, errors: &[FlipError]) -> Option<(usize, FlipError)> {
-        if self.unread > 0 {
+        if self.changing > 0 {
             return Some((0, FlipError::Again));
         }
         self.stops().then(|| (self.dice.roll(pages as u64 + 1) as usize, self.one_of(errors)))
@@ -219,7 +219,7 @@ impl FakeHost {
             slots: BTreeMap::new(),
             next_slot: SHADOWS,
             lent: BTreeMap::new(),
-            unread: 0,
+            changing: 0,
             dice: Dice::new(seed),
             stop_every: 0,
         })))
@@ -233,8 +233,8 @@ impl FakeHost {
         self.kernel().stop_every = one_in;
     }
 
-    pub fn set_unread(&self, unread: bool) {
-        self.kernel().unread = unread.into();
+    pub fn set_changing(&self, changing: bool) {
+        self.kernel().changing = changing.into();
     }
 
     /// mmap with MAP_FIXED of fresh anonymous memory.
@@ -405,7 +405,7 @@ impl HostMemory for FakeHost {
 
     fn unregister(&self, span: Span) {
         let mut k = self.kernel();
-        if k.unread > 0 {
+        if k.changing > 0 {
             return;
         }
         for addr in pages_of(span) {
@@ -420,7 +420,7 @@ impl HostMemory for FakeHost {
     fn let_go(&self, span: Span) {
         self.unregister(span);
         let mut k = self.kernel();
-        if k.unread == 0 {
+        if k.changing == 0 {
             k.areas
                 .range_mut(span.start..span.end)
                 .for_each(|(_, a)| (a.registered, a.tracked) = (false, false));
@@ -446,7 +446,7 @@ impl HostMemory for FakeHost {
     }
 
     fn mappings_change(&self) -> bool {
-        self.kernel().unread > 0
+        self.kernel().changing > 0
     }
 
     fn present(&self, span: Span) -> PageMask {
@@ -592,7 +592,7 @@ impl HostMemory for FakeHost {
 
     fn zero_fill(&self, page: u64) -> StdResult<(), FlipError> {
         let mut k = self.kernel();
-        if k.unread > 0 || k.stops() {
+        if k.changing > 0 || k.stops() {
             return Err(FlipError::Again);
         }
         match k.refuses(page, false) {

@@ -82,7 +82,7 @@ impl Mail {
                 None => break,
             }
         }
-        host.set_unread(false);
+        host.set_changing(false);
     }
 }
 
@@ -348,7 +348,7 @@ impl World {
 
     fn post(&mut self, change: Change, late: bool) {
         self.mail.changes.lock().unwrap().push(change);
-        self.host.set_unread(true);
+        self.host.set_changing(true);
         if !late {
             self.deliver();
         }

@@ -43,8 +43,8 @@ fn registered_parts_do_not_show() {
 #[test]
 fn a_mapping_in_many_pieces_is_joined_where_a_range_can_be() {
     let _t = together();
+    let area = Area::new(6 * SZ_2M, false);
     for host in hosts() {
-        let area = Area::new(6 * SZ_2M, false);
         for addr in (area.span.start..area.span.end).step_by(2 * SZ_4K as usize) {
             host.register(Span::sized(addr, SZ_4K)).unwrap();
         }
@@ -299,9 +299,9 @@ fn what_mremap_brings_stays_registered() {
     let _t = alone();
     // Over memory that the books have, and over memory that was never registered.
     for known in [true, false] {
-        let host = host();
         let source = Area::small(16 * SZ_4K);
         let place = Area::small(16 * SZ_4K);
+        let host = host();
         host.register(source.span).unwrap();
         if known {
             host.register(place.span).unwrap();
@@ -329,6 +329,7 @@ fn what_mremap_brings_stays_registered() {
         }
         caller.join().unwrap();
         assert!(let_go(), "while it is not handled");
+        assert_eq!(host.zero_fill(place.span.start), Err(FlipError::Again), "a page may be on its way");
         for message in &messages {
             match *message {
                 Message::Unmap(span) if span == place.span => assert!(known),
