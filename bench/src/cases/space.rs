@@ -4,6 +4,7 @@ use crate::case::{Case, Result, Setup};
 use std::hint::black_box;
 use std::time::Instant;
 use usvm::ground::addr::{SZ_2M, SZ_4K, Span};
+use usvm::ground::alloc::internal;
 use usvm::space::ports::{AddressSpace, Vma, VmaKind};
 use usvm::space::residency::Residency;
 use usvm::space::{Ctx, Space, SpaceConfig};
@@ -32,15 +33,47 @@ struct FindOrInsert {
     made: Option<(Space<Residency>, u64)>,
 }
 
-impl FindOrInsert {
-    const CTX: Ctx = Ctx {
-        read_only: false,
-        devmem_possible: true,
-        devmem_only: false,
-        allow_mixed: false,
-        check_pages_threshold: SZ_2M,
-        timeslice: std::time::Duration::ZERO,
-    };
+/// What the runtime asks with.
+const CTX: Ctx = Ctx {
+    read_only: false,
+    devmem_possible: true,
+    devmem_only: false,
+    allow_mixed: false,
+    check_pages_threshold: SZ_2M,
+    timeslice: std::time::Duration::ZERO,
+};
+
+/// A space with all its ranges, in usvm's own memory when called as the runtime calls it.
+fn filled() -> Result<Space<Residency>> {
+    let space = Space::new(SpaceConfig::default())?;
+    for page in 0..RANGES {
+        space.find_or_insert(&Endless, SZ_2M + page * SZ_4K, space.config().limits, &CTX)?;
+    }
+    Ok(space)
+}
+
+/// Nanoseconds for one of [`BATCH`] calls.
+fn batch(space: &Space<Residency>, seed: &mut u64) -> Result<f64> {
+    let mut inserted = Vec::new();
+    let begin = Instant::now();
+    for call in 0..BATCH {
+        *seed ^= *seed << 13;
+        *seed ^= *seed >> 7;
+        *seed ^= *seed << 17;
+        let beyond = if call % 10 == 0 { RANGES } else { 0 };
+        let addr = SZ_2M + (*seed % RANGES + beyond) * SZ_4K;
+        let range = space.find_or_insert(&Endless, addr, space.config().limits, &CTX)?;
+        if beyond > 0 {
+            inserted.push(range);
+        } else {
+            black_box(&range);
+        }
+    }
+    let took = begin.elapsed();
+    for range in inserted {
+        space.remove(&range);
+    }
+    Ok(took.as_nanos() as f64 / BATCH as f64)
 }
 
 impl Case for FindOrInsert {
@@ -61,36 +94,14 @@ impl Case for FindOrInsert {
     }
 
     fn setup(&mut self) -> Result<Setup> {
-        let space = Space::new(SpaceConfig::default())?;
-        for page in 0..RANGES {
-            space.find_or_insert(&Endless, SZ_2M + page * SZ_4K, space.config().limits, &Self::CTX)?;
-        }
+        let space = internal(filled)?;
         self.made = Some((space, 0x9e37_79b9_7f4a_7c15));
         Ok(Setup::Ready)
     }
 
     fn sample(&mut self) -> Result<f64> {
         let (space, seed) = self.made.as_mut().ok_or("sampled before setup")?;
-        let mut inserted = Vec::new();
-        let begin = Instant::now();
-        for call in 0..BATCH {
-            *seed ^= *seed << 13;
-            *seed ^= *seed >> 7;
-            *seed ^= *seed << 17;
-            let beyond = if call % 10 == 0 { RANGES } else { 0 };
-            let addr = SZ_2M + (*seed % RANGES + beyond) * SZ_4K;
-            let range = space.find_or_insert(&Endless, addr, space.config().limits, &Self::CTX)?;
-            if beyond > 0 {
-                inserted.push(range);
-            } else {
-                black_box(&range);
-            }
-        }
-        let took = begin.elapsed();
-        for range in inserted {
-            space.remove(&range);
-        }
-        Ok(took.as_nanos() as f64 / BATCH as f64)
+        internal(|| batch(space, seed))
     }
 
     fn baseline_sample(&mut self) -> Result<f64> {

@@ -30,7 +30,7 @@ enum Slot<T> {
     /// Smaller blocks, of which one at least is not empty.
     Inner(Box<[Slot<T>]>),
     /// Smaller blocks that are filled or empty but not divided further, a third of the size of
-    /// [`Slot::Inner`]: every node starts so.
+    /// [`Slot::Inner`]: so a node starts whose first item fills one of its blocks.
     Leaf(Box<[Option<T>]>),
 }
 
@@ -90,11 +90,11 @@ impl<T> ChunkTree<T> {
         }
         let mut slot = &mut self.root;
         for (depth, below) in levels.as_slice().iter().enumerate().take(level + 1).skip(1) {
-            if let Slot::Empty = slot {
-                *slot = Slot::Leaf((0..below.slots()).map(|_| None).collect());
-            }
-            if depth < level {
-                slot.divide();
+            match slot {
+                Slot::Empty if depth == level => *slot = Slot::Leaf((0..below.slots()).map(|_| None).collect()),
+                Slot::Empty => *slot = Slot::Inner((0..below.slots()).map(|_| Slot::Empty).collect()),
+                _ if depth < level => slot.divide(),
+                _ => {}
             }
             match slot {
                 Slot::Inner(slots) => slot = &mut slots[below.slot(addr)],
