@@ -91,7 +91,9 @@ impl<T> ChunkTree<T> {
         let mut slot = &mut self.root;
         for (depth, below) in levels.as_slice().iter().enumerate().take(level + 1).skip(1) {
             match slot {
-                Slot::Empty if depth == level => *slot = Slot::Leaf((0..below.slots()).map(|_| None).collect()),
+                Slot::Empty if depth == level => {
+                    *slot = Slot::Leaf((0..below.slots()).map(|_| None).collect())
+                }
                 Slot::Empty => *slot = Slot::Inner((0..below.slots()).map(|_| Slot::Empty).collect()),
                 _ if depth < level => slot.divide(),
                 _ => {}
