@@ -9,7 +9,10 @@
 #   # ci:            it is short enough for `make test`; otherwise # heavy:
 #   # without: N     it cannot run without usvm and must then end with N; what it prints with usvm is in real/NAME.expected
 #   # bench: no      no pairs of runs
-# With --bench, $BENCH is the number of pairs: the work takes a second or two then. What is behind $RUN is measured.
+#   # pairs: K      with --bench, K times as many pairs: each is short
+# With --bench, $BENCH is the number of pairs, otherwise 0. Many pairs of short runs say more than few of long ones, for
+# whatever slows a machine comes and goes: the work should take some tenths of a second then. What is behind $RUN is
+# measured; $KEEP is a folder that stays, for what need not be made again for each run.
 # A server is started behind $RUN_SERVER (its processor time counts), the client whose wall time counts behind $TIMED.
 set -u
 HERE=$(cd "$(dirname "$0")" && pwd)
@@ -73,7 +76,8 @@ prefix() {
 # --bench, what was measured is in $WORK/$name/spent.
 once() {
     rm -rf "$WORK/$name/dir" "$WORK/$name/stats" "$WORK/$name/spent"
-    mkdir -p "$WORK/$name/dir" "$WORK/$name/stats"
+    KEEP=$WORK/$name/keep
+    mkdir -p "$WORK/$name/dir" "$WORK/$name/stats" "$KEEP"
     begin=$(date +%s%N)
     (
         cd "$WORK/$name/dir" || exit
@@ -159,8 +163,10 @@ bench() {
     for name in $names; do
         times=$WORK/$name.$with.times
         : >"$times"
-        round=0
-        while [ $round -le "$BENCH" ]; do
+        rm -rf "$WORK/$name/keep"
+        round=0 pairs=$(header pairs)
+        pairs=$((${pairs:-1} * BENCH))
+        while [ $round -le $pairs ]; do
             # The first round warms up.
             order="$against $with"; [ $((round % 2)) = 1 ] && order="$with $against"
             for mode in $order; do

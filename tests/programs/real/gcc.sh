@@ -14,6 +14,7 @@ cat >main.c <<'C'
 unsigned long part1(unsigned long), part2(unsigned long), part3(unsigned long);
 int main(void) { unsigned long x = 1; for (int i = 0; i < 1000; i++) x = part1(part2(part3(x + i))); printf("%lu\n", x); }
 C
+[ "$BENCH" = 0 ] || { $RUN gcc -O1 -g -c part1.c; exit; }
 for part in part1 part2 part3 main; do $RUN gcc -O2 -g -c $part.c -o $part.o || exit; done
 $RUN gcc -O2 part1.o part2.o part3.o main.o -o program || exit
 cksum part1.o part2.o part3.o main.o program

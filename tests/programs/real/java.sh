@@ -9,7 +9,8 @@ public class Churn {
     public static void main(String[] args) throws Exception {
         ExecutorService pool = Executors.newFixedThreadPool(4);
         List<Future<Long>> parts = new ArrayList<>();
-        for (int p = 0; p < 16; p++) {
+        int scale = args.length > 0 ? Integer.parseInt(args[0]) : 1;
+        for (int p = 0; p < 16 / scale; p++) {
             final int seed = p;
             parts.add(pool.submit(() -> {
                 Random random = new Random(seed);
@@ -28,8 +29,8 @@ public class Churn {
         }
         for (Future<Long> f : parts) System.out.println(f.get());
         pool.shutdown();
-        System.out.println(IntStream.range(0, 2_000_000).parallel().mapToObj(i -> "s" + (i % 5003)).distinct().sorted().limit(5).collect(Collectors.toList()));
-        int[] words = new Random(5).ints(4_000_000).toArray();
+        System.out.println(IntStream.range(0, 2_000_000 / scale).parallel().mapToObj(i -> "s" + (i % 5003)).distinct().sorted().limit(5).collect(Collectors.toList()));
+        int[] words = new Random(5).ints(4_000_000 / scale).toArray();
         Arrays.parallelSort(words);
         System.out.println(Arrays.hashCode(words));
         System.gc();
@@ -38,7 +39,11 @@ public class Churn {
     static int deep(int n) { try { return deep(n + 1); } catch (StackOverflowError e) { return 0; } }
 }
 J
-[ "$BENCH" = 0 ] || { javac Churn.java && $RUN java -Xmx400m -XX:+UseG1GC -XX:ParallelGCThreads=2 Churn; exit; }
+[ "$BENCH" = 0 ] || {
+    [ -e "$KEEP/Churn.class" ] || javac -d "$KEEP" Churn.java || exit
+    $RUN java -cp "$KEEP" -Xmx400m -XX:+UseG1GC -XX:ParallelGCThreads=2 Churn 8
+    exit
+}
 $RUN javac -J-Xmx256m Churn.java || exit
 $RUN java -Xmx400m -XX:+UseG1GC -XX:ParallelGCThreads=2 Churn
 $RUN java -Xmx400m -XX:+UseSerialGC Churn | cksum

@@ -2,7 +2,8 @@
 python=$ROOT/target/opencl-venv/bin/python
 ls /etc/OpenCL/vendors/pocl* >/dev/null 2>&1 || skip "pocl-opencl-icd is not installed"
 [ -x "$python" ] || { sh "$ROOT/tests/opencl/venv.sh" 2>/dev/null; [ -x "$python" ]; } || skip "no environment with pyopencl"
-export POCL_CACHE_DIR="$PWD/cache" PYOPENCL_NO_CACHE=1
+[ "$BENCH" = 0 ] && cache=$PWD || cache=$KEEP
+export POCL_CACHE_DIR="$cache/cache" PYOPENCL_NO_CACHE=1
 cat >svm.py <<'PY'
 import hashlib, sys
 import numpy as np, pyopencl as cl
@@ -53,4 +54,5 @@ cl.enqueue_copy(queue, copied, cl.SVM(fine))
 digest.update(copied.tobytes())
 print("pyopencl:", digest.hexdigest()[:32])
 PY
-$RUN "$python" svm.py 100
+rounds=100; [ "$BENCH" = 0 ] || rounds=10
+$RUN "$python" svm.py $rounds

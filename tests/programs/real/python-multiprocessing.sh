@@ -1,5 +1,5 @@
 # heavy: CPython's own tests of multiprocessing and of pools of processes and threads.
 . "$HERE/real/python.inc"
-# What takes a second or two and computes rather than waits.
+# What is short and computes rather than waits.
 [ "$BENCH" = 0 ] || { only=ProcessPoolForkProcessPoolShutdownTest regression test_concurrent_futures; exit; }
 regression test_multiprocessing_fork test_multiprocessing_spawn test_multiprocessing_forkserver test_concurrent_futures

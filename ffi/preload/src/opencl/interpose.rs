@@ -145,11 +145,13 @@ fn decide(caller: usize, index: usize) -> usize {
 
 /// The function `name` that the object at `caller` would have got without this library; zero if none.
 pub fn own_of(caller: usize, name: &CStr) -> usize {
-    let of_object = loaders::object_at(caller).map_or(0, |(_, file)| in_object(file, name));
+    // The program's own file is no object that dlopen finds by its name: it would search the disk for one.
+    let library = loaders::object_at(caller).filter(|(base, _)| *base != loaders::program_base());
+    let of_object = library.map_or(0, |(_, file)| in_object(file, name));
     if of_object != 0 && !loaders::is_ours(of_object) {
         return of_object;
     }
-    // The program itself, whose dependencies are the global scope.
+    // Of the program itself the dependencies are the global scope.
     // SAFETY: a look-up by name.
     let next = unsafe { libc::dlsym(libc::RTLD_NEXT, name.as_ptr()) } as usize;
     if next != 0 { next } else { in_object(c"libOpenCL.so.1", name) }
@@ -157,19 +159,28 @@ pub fn own_of(caller: usize, name: &CStr) -> usize {
 
 /// The function `name` as the loaded object `file` and its dependencies have it; zero if none.
 fn in_object(file: &CStr, name: &CStr) -> usize {
-    // SAFETY: the object is loaded; the handle is kept, so that what is found in it stays.
-    unsafe {
-        let handle = libc::dlopen(file.as_ptr(), libc::RTLD_LAZY | libc::RTLD_NOLOAD);
-        if handle.is_null() { 0 } else { libc::dlsym(handle, name.as_ptr()) as usize }
-    }
+    let mut found = [0];
+    look_up(file, &[name], &mut found);
+    found[0]
 }
 
 fn entries_of(file: &CStr) -> Raw {
     let mut raw = [0; ENTRIES];
-    for (entry, name) in raw.iter_mut().zip(NAMES) {
-        *entry = in_object(file, name);
-    }
+    look_up(file, NAMES, &mut raw);
     raw
+}
+
+/// Sets each of `found` that the loaded object `file` and its dependencies have a name for.
+fn look_up(file: &CStr, names: &[&CStr], found: &mut [usize]) {
+    // SAFETY: the object is loaded; the handle is kept, so that what is found in it stays.
+    let handle = unsafe { libc::dlopen(file.as_ptr(), libc::RTLD_LAZY | libc::RTLD_NOLOAD) };
+    if handle.is_null() {
+        return;
+    }
+    for (found, name) in found.iter_mut().zip(names) {
+        // SAFETY: a look-up by name in what was just opened.
+        *found = unsafe { libc::dlsym(handle, name.as_ptr()) } as usize;
+    }
 }
 
 fn gives_pointer(name: &CStr) -> bool {

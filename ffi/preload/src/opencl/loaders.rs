@@ -130,6 +130,14 @@ pub fn object_at(addr: usize) -> Option<(usize, &'static CStr)> {
     }
 }
 
+/// Where the program's own file is mapped.
+pub fn program_base() -> usize {
+    static BASE: OnceLock<usize> = OnceLock::new();
+    // SAFETY: a look into what the kernel told the process at its start.
+    let headers = || unsafe { libc::getauxval(libc::AT_PHDR) } as usize;
+    *BASE.get_or_init(|| object_at(headers()).map_or(0, |(base, _)| base))
+}
+
 /// Where this library is mapped.
 pub fn own_base() -> usize {
     static BASE: OnceLock<usize> = OnceLock::new();
