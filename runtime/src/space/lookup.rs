@@ -6,15 +6,16 @@
 //! no range, and, up to the check-pages threshold, is populated.
 //!
 //! # Locking
-//! A range that exists is found under the update lock for read. Insertion takes it for write, and lets go of it while
-//! pages are checked; the steps are arranged so that whatever changed meanwhile is seen (see [`super`], Locking).
+//! A range that exists is found under the update lock for read, and a chunk is chosen under it, while no lock is held when
+//! pages are checked. Insertion takes the lock for write and chooses again, so that whatever changed meanwhile is seen (see
+//! [`super`], Locking).
 
 use super::chunk::Candidate;
 use super::notifier::{Notifier, RangeFlags};
 use super::ports::{AddressSpace, Vma, VmaKind};
 use super::range::Range;
 use super::tree::ChunkTree;
-use super::{Ctx, Space, Window};
+use super::{Ctx, Space, Window, Windows};
 use crate::ground::addr::{SZ_4K, Span, align_down};
 use crate::ground::error::{Errno, Error, Result};
 use std::sync::Arc;
@@ -30,14 +31,23 @@ struct Request<'a> {
     ctx: &'a Ctx,
 }
 
-/// One try to insert under the update lock.
-enum Link<R> {
+/// What an insertion comes to.
+enum Step<R> {
     /// The range is in, now or already.
     Done(Arc<Range<R>>),
     /// An invalidation came since the mapping was looked up.
     Changed,
     /// This chunk may be taken if its pages are populated.
     Check(Candidate),
+    /// This chunk, of this level in the tree, is to be taken.
+    Take(Candidate, usize),
+}
+
+/// Which chunks are out of the question by now, and which was found populated.
+#[derive(Clone, Copy)]
+struct Progress {
+    from: usize,
+    checked: Option<usize>,
 }
 
 impl<R: Default> Space<R> {
@@ -86,46 +96,62 @@ impl<R: Default> Space<R> {
         vma: &Vma,
         before: u64,
     ) -> Result<Option<Arc<Range<R>>>> {
-        let (mut from, mut checked) = (0, None);
+        let mut progress = Progress { from: 0, checked: None };
         loop {
-            match self.link(request, vma, before, from, checked)? {
-                Link::Done(range) => return Ok(Some(range)),
-                Link::Changed => return Ok(None),
-                Link::Check(chunk) if aspace.populated(chunk.span) => checked = Some(chunk.index),
-                Link::Check(chunk) => from = chunk.index + 1,
+            // Chunks are passed over with the lock held for read, which keeps nobody out.
+            let step = self.next(&self.windows(), request, vma, before, progress)?;
+            let step = match step {
+                Step::Take(..) => self.link(request, vma, before, progress)?,
+                step => step,
+            };
+            match step {
+                Step::Done(range) => return Ok(Some(range)),
+                Step::Changed => return Ok(None),
+                Step::Check(chunk) if aspace.populated(chunk.span) => progress.checked = Some(chunk.index),
+                Step::Check(chunk) => progress.from = chunk.index + 1,
+                Step::Take(..) => unreachable!("linking takes it"),
             }
         }
     }
 
-    /// Under the update lock: chooses the largest chunk of those from the `from`th on and inserts its range. A chunk that
-    /// needs its pages checked is inserted only if it is the one that was `checked`.
-    fn link(
+    /// What to do, as the tree is now: the largest chunk of those from the `from`th on is to be taken; one that needs its
+    /// pages checked only if it is the one that was `checked`.
+    fn next(
         &self,
+        windows: &Windows<R>,
         request: &Request<'_>,
         vma: &Vma,
         before: u64,
-        from: usize,
-        checked: Option<usize>,
-    ) -> Result<Link<R>> {
+        progress: Progress,
+    ) -> Result<Step<R>> {
         let addr = request.addr;
-        let mut windows = self.windows_mut();
-        let start = align_down(addr, self.config.notifier_size);
-        let window = windows.get(&start);
+        let window = windows.get(&align_down(addr, self.config.notifier_size));
         if window.map_or_else(|| self.clock.now(), |w| w.notifier.seq()) > before {
-            return Ok(Link::Changed);
+            return Ok(Step::Changed);
         }
         if let Some(range) = window.and_then(|w| w.tree.find(&self.levels, addr)) {
-            return Ok(Link::Done(range.clone()));
+            return Ok(Step::Done(range.clone()));
         }
-        let Some((chunk, level)) = self.choose(request, vma, window, from) else {
+        let Some((chunk, level)) = self.choose(request, vma, window, progress.from) else {
             return Err(Error::OutsideSpace { addr });
         };
         let size = chunk.span.len();
-        let unchecked = checked != Some(chunk.index);
+        let unchecked = progress.checked != Some(chunk.index);
         if size != SZ_4K && size <= request.ctx.check_pages_threshold && unchecked {
-            return Ok(Link::Check(chunk));
+            return Ok(Step::Check(chunk));
         }
-        let window = windows.entry(start).or_insert_with(|| Window {
+        Ok(Step::Take(chunk, level))
+    }
+
+    /// Under the update lock: asks again what to do, and does it if a chunk is to be taken.
+    fn link(&self, request: &Request<'_>, vma: &Vma, before: u64, progress: Progress) -> Result<Step<R>> {
+        let addr = request.addr;
+        let mut windows = self.windows_mut();
+        let (chunk, level) = match self.next(&windows, request, vma, before, progress)? {
+            Step::Take(chunk, level) => (chunk, level),
+            step => return Ok(step),
+        };
+        let window = windows.entry(align_down(addr, self.config.notifier_size)).or_insert_with(|| Window {
             notifier: Arc::new(Notifier::new(self.window_of(addr), self.clock.now())),
             tree: ChunkTree::new(),
         });
@@ -135,7 +161,7 @@ impl<R: Default> Space<R> {
         match window.tree.insert(&self.levels, addr, level, range.clone()) {
             Ok(()) => {
                 self.ranges.fetch_add(1, Ordering::Relaxed);
-                Ok(Link::Done(range))
+                Ok(Step::Done(range))
             }
             Err(_) => unreachable!("the chunk was chosen to be free"),
         }
