@@ -20,6 +20,8 @@ ROOT=$(cd "$HERE/../.." && pwd)
 TARGET=${CARGO_TARGET_DIR:-$ROOT/target}
 LIB=${USVM_PRELOAD:-$TARGET/release/libusvm_preload.so}
 HEAP=${USVM_HEAP_LIB:-$TARGET/release/libusvm_heap.so}
+# What usvm does not know, it would warn of.
+unset USVM_PRELOAD USVM_HEAP_LIB
 MIMALLOC=${MIMALLOC:-$(ls /usr/lib/*/libmimalloc.so.2.0 2>/dev/null | head -1)}
 WORK=${WORK:-$TARGET/programs}
 RATE=2500 LEAST=1000 SEED=1 ONLY= MODES="off on chaos" BENCH=0 LIMIT=${LIMIT:-1500}

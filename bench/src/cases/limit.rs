@@ -1,4 +1,5 @@
-//! The least that a migration of 2 MiB costs on this machine: the kernel's flip and the copy, one thread, nothing else.
+//! The least that a migration of 2 MiB costs on this machine: the kernel's flip and the copy, one thread, nothing else. The
+//! way back is gone as well, though not timed: it decides what is in the caches.
 //! What `to_device_2m` and `cpu_fault_return_2m` take beyond these is usvm's own; what these take beyond memcpy is the
 //! kernel's and the processor's. A hypervisor that keeps page tables of its own makes a place that was just flipped
 //! to slow to reach, for instance.
@@ -105,10 +106,12 @@ impl Made {
                 }
             });
             flipped?;
+            copy(shadow, vram, CopyHint::FromDevice);
             self.flip(app, shadow)?;
             return Ok(took);
         }
         self.flip(shadow, app)?;
+        copy(vram, shadow, CopyHint::ToDevice);
         let took = time(|| {
             copy(shadow, vram, CopyHint::FromDevice);
             flipped = self.flip(app, shadow);
