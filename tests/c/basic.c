@@ -178,7 +178,7 @@ static void counting(usvm_space_t space) {
 
     OK(usvm_stats_reset(space));
     OK(usvm_stats_get(space, &stats));
-    CHECK(stats.bytes_to_device == 0);
+    CHECK(stats.bytes_to_device == 0 && stats.cpu_faults == 0 && stats.flips == 0 && stats.flip_fallbacks == 0);
 }
 
 static void allocating(usvm_space_t space) {

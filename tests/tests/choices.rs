@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use usvm::{Config, Runtime};
+use usvm::{Config, Hint, Location, Runtime};
 use usvm_tests::support::alone;
 
 #[global_allocator]
@@ -40,6 +40,31 @@ fn a_range_stays_for_its_time() {
     assert!(waited >= Duration::from_millis(40), "came back after {waited:?}");
     runtime.shutdown();
     assert!(words.iter().all(|w| *w == 8));
+}
+
+#[test]
+fn advice_says_where_memory_is_used() {
+    let _alone = alone("advice_says_where_memory_is_used", 60);
+    let runtime = started(&[]);
+    let words: Vec<u64> = vec![1; 512 << 10];
+    let (at, len) = (words.as_ptr() as u64, 8 * words.len() as u64);
+    let away = || runtime.residence(at, len).unwrap().device > 0;
+    let device = Some(Location::Device(0));
+    // What is said, and whether a device that uses the memory draws it to itself then. Between, it is at home.
+    let said: [(&[Hint], bool); 5] = [
+        (&[], true),
+        (&[Hint::PreferredLocation(Some(Location::Host))], false),
+        (&[Hint::PreferredLocation(None), Hint::AccessedBy(Some(0))], false),
+        (&[Hint::PreferredLocation(device)], true),
+        (&[Hint::PreferredLocation(None), Hint::AccessedBy(None)], true),
+    ];
+    for (n, (hints, migrates)) in said.into_iter().enumerate() {
+        runtime.evict(at, len).unwrap();
+        hints.iter().for_each(|hint| runtime.advise(at, len, *hint).unwrap());
+        add_one(&runtime, &words);
+        assert_eq!(away(), migrates, "{hints:?}");
+        assert!(words.iter().all(|w| *w == n as u64 + 2));
+    }
 }
 
 #[test]

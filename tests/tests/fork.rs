@@ -5,8 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use usvm::space::svm::PIN_PATIENCE;
 use usvm_tests::area::*;
 use usvm_tests::isolated::{Child, fork_child, isolated, kernel_faults};
+use usvm_tests::support::writes;
 
 #[global_allocator]
 static ALLOC: usvm::Routed<std::alloc::System> = usvm::Routed(std::alloc::System);
@@ -118,6 +120,35 @@ fn fork_while_threads_use_the_device() {
         workers.into_iter().for_each(|w| w.join().unwrap());
         piece.check(&rt, "at the end");
         drop(area);
+    });
+}
+
+/// Running work holds its memory where it is: the fork does not wait for it, the child has the memory all the same, and what
+/// the device writes afterwards is not lost.
+#[test]
+fn a_child_has_what_running_work_holds() {
+    if !kernel_faults() {
+        return;
+    }
+    isolated("a_child_has_what_running_work_holds", || {
+        let rt = runtime(64 << 20);
+        for (raw, huge) in [(false, false), (false, true), (true, false), (true, true)] {
+            let (area, mut piece) = Area::filled(LEN, huge, &mut Rng::new(21));
+            let (other, mut free) = Area::filled(LEN, huge, &mut Rng::new(22));
+            piece.change(&rt, "before");
+            free.change(&rt, "before");
+            let bracket = rt.begin_access(0, &[writes(area.at, LEN)]).unwrap();
+            let begun = Instant::now();
+            fork_child(raw, || holds(&piece) && holds(&free)).good("memory that running work holds");
+            assert!(begun.elapsed() < PIN_PATIENCE, "the fork waited for the work to end");
+            device_xor(&rt, area.at, LEN, 0x5a).unwrap();
+            xor(&mut piece.bytes, 0x5a);
+            rt.end_access(bracket).unwrap();
+            assert!(holds(&piece), "raw {raw} huge {huge}: what the device wrote after the fork");
+            free.check(&rt, "afterwards");
+            drop((area, other));
+        }
+        rt.shutdown();
     });
 }
 

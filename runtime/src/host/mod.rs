@@ -270,6 +270,12 @@ impl Host {
         (self.stats.flips.load(Relaxed), self.stats.flip_fallbacks.load(Relaxed))
     }
 
+    /// Counts [`Host::flip_counts`] from zero again.
+    pub fn reset_flip_counts(&self) {
+        self.stats.flips.store(0, Relaxed);
+        self.stats.flip_fallbacks.store(0, Relaxed);
+    }
+
     /// Bytes of address space of the shadow area.
     pub fn shadow_mapped_bytes(&self) -> u64 {
         self.shadow.mapped_bytes()

@@ -2,7 +2,7 @@
 //! between launches, or that everybody only reads.
 
 use crate::ground::addr::SZ_64K;
-use crate::space::ports::{Facts, GpuAccess, Placement, Policy, Return};
+use crate::space::ports::{Advice, Facts, GpuAccess, Placement, Policy, Return};
 
 /// Ping-pongs after which a range comes back in blocks.
 const BLOCKS_AFTER: u32 = 2;
@@ -21,11 +21,14 @@ impl Policy for Adaptive {
     }
 
     fn gpu_access(&self, facts: &Facts<'_>) -> Placement {
-        let here = facts.advice.preferred == Some(Some(facts.device));
-        if facts.advice.preferred == Some(None) && facts.access != GpuAccess::Atomic {
+        let Advice { read_mostly, preferred, accessed_by } = facts.advice;
+        let here = preferred == Some(Some(facts.device));
+        // A device that is said to use memory wherever it lives does not draw it to itself.
+        let over_the_link = preferred == Some(None) || !here && accessed_by == Some(facts.device);
+        if over_the_link && facts.access != GpuAccess::Atomic {
             return Placement::Remote;
         }
-        if facts.bracketed && facts.access == GpuAccess::Read && facts.advice.read_mostly && !here {
+        if facts.bracketed && facts.access == GpuAccess::Read && read_mostly && !here {
             return Placement::Share;
         }
         Placement::Migrate
@@ -49,7 +52,7 @@ impl Policy for Adaptive {
 mod tests {
     use super::*;
     use crate::ground::addr::{SZ_2M, Span};
-    use crate::space::ports::{Advice, History};
+    use crate::space::ports::History;
 
     fn facts(history: &History) -> Facts<'_> {
         Facts {
@@ -103,5 +106,15 @@ mod tests {
         assert_eq!(Adaptive.gpu_access(&f), Placement::Remote);
         f.access = GpuAccess::Atomic;
         assert_eq!(Adaptive.gpu_access(&f), Placement::Migrate);
+        let placed = |access, preferred, accessed_by| {
+            let mut f = facts(&history);
+            f.access = access;
+            f.advice = Advice { preferred, accessed_by, ..Advice::default() };
+            Adaptive.gpu_access(&f)
+        };
+        assert_eq!(placed(GpuAccess::Write, None, Some(0)), Placement::Remote);
+        assert_eq!(placed(GpuAccess::Atomic, None, Some(0)), Placement::Migrate);
+        assert_eq!(placed(GpuAccess::Write, None, Some(1)), Placement::Migrate, "another device's advice");
+        assert_eq!(placed(GpuAccess::Write, Some(Some(0)), Some(0)), Placement::Migrate, "it lives here");
     }
 }

@@ -125,6 +125,7 @@ impl Runtime {
                 Hint::AccessedBy(device) => advice.accessed_by = device,
                 Hint::Need(_) => {}
             });
+            svm.reconsider(span);
             Ok(())
         })
     }

@@ -52,6 +52,7 @@ use crate::ground::error::{Errno, Error, Result};
 use crate::ground::inject::{self, Call};
 use crate::ground::sync::Fence;
 use crate::ground::{alloc, fds, thread};
+use crate::host::features::Features;
 use crate::host::fork::{self, Handlers};
 use crate::host::service::Service;
 use crate::host::{Host, Options, exempt};
@@ -551,11 +552,16 @@ fn before_fork() {
     with_current(|inner| {
         if inner.is_running() && !alloc::is_service_thread() {
             let svm = inner.svm.clone();
+            // What running work holds is given to the child where the kernel tells of it; otherwise the fork waits.
+            let given = inner.host.report().has.contains(Features::EVENT_FORK);
+            let patience = if given { Duration::ZERO } else { PIN_PATIENCE };
             let home = inner.control.call(move || {
                 svm.freeze();
-                svm.bring_home(Span::new(0, u64::MAX), Cause::User)
+                svm.bring_home_within(Span::new(0, u64::MAX), Cause::User, patience)
             });
-            if let Err(e) = home {
+            if let Err(e) = home
+                && !(given && matches!(e, Error::Busy { .. }))
+            {
                 tracing::error!("a forked child may miss memory: {e}");
             }
         }
@@ -728,6 +734,7 @@ impl Runtime {
     /// Sets the counters to zero; the gauges stay.
     pub fn reset_stats(&self) {
         self.inner().observer.stats.reset();
+        self.inner().host.reset_flip_counts();
     }
 
     /// The parts, for benchmarks and tests that look inside.

@@ -278,7 +278,8 @@ impl Mover {
     }
 
     /// Makes the shadow hold the contents of all pages whose truth is away, without changing any truth (for a forked
-    /// child that gets its own copy). Gives `f` the pages, those that are lost with their device, and the place.
+    /// child that gets its own copy). Gives `f` the pages, those that are lost with their device, and the place. Work that
+    /// holds the range goes on meanwhile, as other threads do while one forks.
     pub fn snapshot(
         &self,
         range: &Arc<Range>,
@@ -286,7 +287,10 @@ impl Mover {
         f: impl FnOnce(&PageMask, &PageMask, &Shadow),
     ) -> Result<()> {
         let State { bound, moved: Some(moved) } = state else { return Ok(()) };
-        self.unbind(range, bound);
+        let held_by_work = range.data.is_pinned();
+        if !held_by_work {
+            self.unbind(range, bound);
+        }
         self.accounted(range, moved, |m| {
             let from_vram = m.vram;
             let fetched = self.fetch(range.span(), m, &from_vram);
@@ -294,6 +298,10 @@ impl Mover {
             let lost = if fetched.is_ok() { PageMask::EMPTY } else { from_vram.minus(&m.fresh) };
             if let Some(shadow) = &m.shadow {
                 f(&held, &lost, shadow);
+            }
+            if held_by_work {
+                // The device may write on: what was fetched is as old as this.
+                m.fresh = PageMask::EMPTY;
             }
             fetched.map(drop)
         })

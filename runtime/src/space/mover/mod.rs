@@ -155,7 +155,7 @@ impl Mover {
     }
 
     /// Takes the range's translations away from every device that has one.
-    fn unbind(&self, range: &Range, bound: &mut u32) {
+    pub(crate) fn unbind(&self, range: &Range, bound: &mut u32) {
         for (index, place) in self.places.iter().enumerate() {
             if *bound >> index & 1 == 1 {
                 place.device.unbind(range.span());

@@ -1,5 +1,6 @@
 //! All of the memory, or a span of it, at once: home for a fork, for the end, or because the program asked.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -8,58 +9,96 @@ use super::{PIN_PATIENCE, Svm, TRIES, back_off};
 use crate::ground::addr::{PageMask, Span};
 use crate::ground::error::{Error, Result};
 use crate::observe::stats::Cause;
+use crate::space::mover::Range;
 use crate::space::residency::{Residence, bytes};
 
 impl Svm {
-    /// Brings everything in `span` home, whoever has it, waiting for running work. What is lost with its device is
-    /// reported and does not keep the rest from coming home.
+    /// Brings everything in `span` home, whoever has it, waiting for running work. What cannot come, or is lost with its
+    /// device, keeps nothing else from coming home; the error is the first one's.
     pub fn bring_home(&self, span: Span, cause: Cause) -> Result<()> {
-        let deadline = Instant::now() + PIN_PATIENCE;
+        self.bring_home_within(span, cause, PIN_PATIENCE)
+    }
+
+    /// As [`Svm::bring_home`], but waits no longer than `patience` for what running work holds: [`Error::Busy`].
+    pub fn bring_home_within(&self, span: Span, cause: Cause, patience: Duration) -> Result<()> {
+        let begin = Instant::now();
+        let deadline = begin + PIN_PATIENCE;
         let mut looks = 0;
         while !self.settle_landings() && Instant::now() < deadline {
             back_off(looks);
             looks += 1;
         }
-        let mut lost = Ok(());
+        let mut outcome = Ok(());
+        let mut held = Vec::new();
         for range in self.space.ranges_in(span) {
-            let mut attempt = 0;
-            loop {
-                let seen = self.mover.released().generation();
-                let result = {
-                    let mut state = range.data.lock();
-                    if state.is_home() {
-                        self.mover.unshare_copy(&range, &mut state);
-                        break;
-                    }
-                    if range.data.is_pinned() {
-                        Err(Error::Busy { span: range.span() })
-                    } else {
-                        let all = PageMask::first(range.span().pages());
-                        match self.mover.to_host(&range, &mut state, &all, cause) {
-                            Err(error @ Error::DeviceLost { .. }) => {
-                                lost = Err(error.clone());
-                                self.write_off(&range, &mut state, error);
-                                self.mover.to_host(&range, &mut state, &all, cause)
-                            }
-                            other => other,
-                        }
-                    }
-                };
-                match result {
-                    Ok(()) => break,
-                    Err(Error::Again { .. }) if Instant::now() < deadline => {
-                        self.barrier();
-                        back_off(attempt);
-                    }
-                    Err(Error::Busy { .. }) if Instant::now() < deadline => {
-                        self.mover.released().wait(seen, Duration::from_millis(2));
-                    }
-                    Err(e) => return Err(e),
-                }
-                attempt += 1;
+            match self.take_home(&range, cause, begin, deadline) {
+                Ok(()) => {}
+                Err(Error::Busy { .. }) => held.push(range),
+                Err(e) => outcome = outcome.and(Err(e)),
             }
         }
-        lost
+        for range in held {
+            outcome = outcome.and(self.take_home(&range, cause, begin + patience, deadline));
+        }
+        outcome
+    }
+
+    /// Brings the whole range home; waits until `patience` for who holds it, until `deadline` for mappings that change.
+    /// The contents that are lost with a device are an error once the rest is home.
+    fn take_home(
+        &self,
+        range: &Arc<Range>,
+        cause: Cause,
+        patience: Instant,
+        deadline: Instant,
+    ) -> Result<()> {
+        let all = PageMask::first(range.span().pages());
+        let mut lost = Ok(());
+        let mut attempt = 0;
+        loop {
+            let seen = self.mover.released().generation();
+            let result = {
+                let mut state = range.data.lock();
+                if state.is_home() {
+                    self.mover.unshare_copy(range, &mut state);
+                    return lost;
+                }
+                if range.data.is_pinned() {
+                    Err(Error::Busy { span: range.span() })
+                } else {
+                    match self.mover.to_host(range, &mut state, &all, cause) {
+                        Err(error @ Error::DeviceLost { .. }) => {
+                            lost = Err(error.clone());
+                            self.write_off(range, &mut state, error);
+                            self.mover.to_host(range, &mut state, &all, cause)
+                        }
+                        other => other,
+                    }
+                }
+            };
+            match result {
+                Ok(()) => return lost,
+                Err(Error::Again { .. }) if Instant::now() < deadline => {
+                    self.barrier();
+                    back_off(attempt);
+                }
+                Err(Error::Busy { .. }) if Instant::now() < patience => {
+                    self.mover.released().wait(seen, Duration::from_millis(2));
+                }
+                Err(e) => return Err(e),
+            }
+            attempt += 1;
+        }
+    }
+
+    /// Has devices ask again for `span`, because other advice holds for it now: what reaches it over the link would not.
+    pub fn reconsider(&self, span: Span) {
+        for range in self.space.ranges_in(span) {
+            let mut state = range.data.lock();
+            if state.is_home() && !range.data.is_pinned() {
+                self.mover.unbind(&range, &mut state.bound);
+            }
+        }
     }
 
     /// Drops the contents of `span` (usvm_discard): what is on the device is not copied back and reads as zero or as it
