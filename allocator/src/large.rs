@@ -276,9 +276,8 @@ pub(crate) unsafe fn resize(arena: Option<Arena>, block: *mut u8, size: usize, a
         }
         let new = alloc(arena, size, align, false);
         if !new.is_null() {
-            if !spans::move_pages(block, new, old) {
-                ptr::copy_nonoverlapping(block, new, old);
-            }
+            let moved = spans::move_pages(block, new, old);
+            ptr::copy_nonoverlapping(block.add(moved), new.add(moved), old - moved);
             free(block);
         }
         new

@@ -20,6 +20,8 @@
 #![allow(unsafe_code)]
 
 use crate::changed;
+use linux_raw_sys::general::{procmap_query, procmap_query_flags};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -199,18 +201,99 @@ unsafe fn advise(at: *mut u8, size: usize, advice: libc::c_int) -> bool {
     unsafe { libc::syscall(libc::SYS_madvise, at, size, advice) == 0 }
 }
 
-/// Moves the pages of `[from, from + size)` to `to`, where they replace what was there; `from` reads as zero afterwards. False if
-/// the system refused, and nothing moved.
+/// Moves the pages of `[from, from + size)` to `to`, where they replace what was there, and says how many bytes, counted from
+/// `from`, were moved; these read as zero there afterwards. The others are as they were, and what is at their new place is
+/// not worth keeping any more.
+///
+/// What a device used is registered with userfaultfd, so a block can be several mappings. Up to Linux 6.16 mremap refuses
+/// these; since then it moves those that come before the first registered one, and then says EFAULT. How far it came is seen
+/// at the destination, which cannot be read before something is moved there.
 ///
 /// # Safety
 /// Both are whole pages of spans that the caller took; they do not overlap, and nobody uses them meanwhile.
-pub(crate) unsafe fn move_pages(from: *mut u8, to: *mut u8, size: usize) -> bool {
+pub(crate) unsafe fn move_pages(from: *mut u8, to: *mut u8, size: usize) -> usize {
     // Without DONTUNMAP there would be a hole that somebody else's mapping could take.
-    let how = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
+    const HOW: libc::c_int = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
     // SAFETY: the caller's contract.
-    let moved = unsafe { libc::syscall(libc::SYS_mremap, from, size, size, how, to) != -1 };
-    if moved {
-        changed::note(changed::Kind::Moved, from, size);
+    if !unsafe { protect(to, size, libc::PROT_NONE) } {
+        return 0;
+    }
+    let mut maps = None;
+    let (mut moved, mut end, mut tries) = (0, size, 0);
+    while moved < size && tries < MOVE_TRIES {
+        // SAFETY: the caller's contract, for a part of each.
+        let (piece, place) = unsafe { (from.add(moved), to.add(moved)) };
+        // SAFETY: as above.
+        if unsafe { libc::syscall(libc::SYS_mremap, piece, end - moved, end - moved, HOW, place) } != -1 {
+            moved = end;
+            tries = 0;
+            if moved == size {
+                break;
+            }
+        } else if last_error() != libc::EFAULT {
+            break;
+        }
+        // From here on one mapping at a time.
+        let Some(maps) = maps.get_or_insert_with(Maps::open) else { break };
+        if let Some((true, until)) = maps.mapping(place.addr()) {
+            moved = (until - to.addr()).min(size);
+        }
+        let Some((_, until)) = maps.mapping(from.addr() + moved) else { break };
+        end = (until - from.addr()).min(size);
+        tries += 1;
+    }
+    if moved > 0 {
+        changed::note(changed::Kind::Moved, from, moved);
+    }
+    // SAFETY: the caller's contract; where nothing came everything is as before, but for the contents.
+    if moved < size && !unsafe { protect(to.add(moved), size - moved, libc::PROT_READ | libc::PROT_WRITE) } {
+        // It needs no memory and no new mapping, so it does not fail; and a block that cannot be used must not be given out.
+        std::process::abort();
     }
     moved
+}
+
+/// Tries to move one piece while others divide it.
+const MOVE_TRIES: u32 = 64;
+
+/// mprotect(2). False if the system refused.
+///
+/// # Safety
+/// As mprotect.
+unsafe fn protect(at: *mut u8, size: usize, protection: libc::c_int) -> bool {
+    // SAFETY: the caller's contract.
+    unsafe { libc::syscall(libc::SYS_mprotect, at, size, protection) == 0 }
+}
+
+fn last_error() -> libc::c_int {
+    // SAFETY: the thread's own errno.
+    unsafe { *libc::__errno_location() }
+}
+
+/// What the kernel tells of mappings (Linux 6.11). Older kernels are not asked: there mremap moves all or nothing.
+struct Maps(OwnedFd);
+
+impl Maps {
+    fn open() -> Option<Self> {
+        // SAFETY: opens a file of the kernel's; the descriptor is this value's own.
+        unsafe {
+            let maps =
+                libc::syscall(libc::SYS_openat, libc::AT_FDCWD, c"/proc/self/maps".as_ptr(), libc::O_CLOEXEC);
+            (maps >= 0).then(|| Self(OwnedFd::from_raw_fd(maps as libc::c_int)))
+        }
+    }
+
+    /// Whether the mapping that holds `at` can be read, and where it ends; `None` if there is none, or no answer.
+    fn mapping(&self, at: usize) -> Option<(bool, usize)> {
+        // SAFETY: a structure of integers.
+        let mut query: procmap_query = unsafe { std::mem::zeroed() };
+        query.size = size_of::<procmap_query>() as u64;
+        query.query_addr = at as u64;
+        const QUERY: libc::c_ulong =
+            3 << 30 | (size_of::<procmap_query>() as libc::c_ulong) << 16 | (b'f' as libc::c_ulong) << 8 | 17;
+        // SAFETY: PROCMAP_QUERY with its structure, which the kernel fills in; no name is asked for.
+        let asked = unsafe { libc::syscall(libc::SYS_ioctl, self.0.as_raw_fd(), QUERY, &raw mut query) };
+        let readable = procmap_query_flags::PROCMAP_QUERY_VMA_READABLE as u64;
+        (asked == 0).then_some((query.vma_flags & readable != 0, query.vma_end as usize))
+    }
 }

@@ -181,6 +181,35 @@ fn a_large_block_grows_where_its_data_is() {
     });
 }
 
+/// What a device used of a block is registered, the rest is not: mappings of their own, which the kernel moves one by one.
+#[test]
+fn a_large_block_grows_of_which_the_device_used_a_part() {
+    isolated("a_large_block_grows_of_which_the_device_used_a_part", || {
+        let runtime = runtime(Config::default(), &[256 << 20]);
+        let mut kept = Vec::with_capacity(8);
+        for (used, len) in [(6 << 20, M2), (2 << 20, M2), (0, M2), ((3 << 20) + 8192, 4096)] {
+            let block = Block::new(8 << 20);
+            let at = block.at + used;
+            on_gpu(&runtime, move |gpu| gpu_fill(gpu, at, len, used / 8, 3)).unwrap();
+            let wall = Block::new(M2);
+            let grown = block.grow(32 << 20);
+            assert_ne!(block.at, grown.at, "it grew in place: this shows nothing");
+            for (i, word) in grown.words().take((8 << 20) / 8).enumerate() {
+                let (byte, i) = (i as u64 * 8, i as u64);
+                let want = if (used..used + len).contains(&byte) { value(3, i) } else { i };
+                assert_eq!(
+                    word.load(Ordering::Relaxed),
+                    want,
+                    "word {i}, the device used {len} bytes from {used}"
+                );
+            }
+            grown.words().for_each(|word| word.store(9, Ordering::Relaxed));
+            kept.extend([grown, wall]);
+        }
+        kept.into_iter().for_each(Block::free);
+    });
+}
+
 #[test]
 fn threads_allocate_and_free_while_the_device_uses_their_blocks() {
     isolated("threads_allocate_and_free_while_the_device_uses_their_blocks", || {

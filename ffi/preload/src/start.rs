@@ -209,7 +209,11 @@ fn start_later(delay: Duration) {
         start_chaos();
         std::ptr::null_mut()
     }
-    let micros = std::ptr::without_provenance_mut(delay.as_micros() as usize);
+    detached(later, std::ptr::without_provenance_mut(delay.as_micros() as usize));
+}
+
+/// Starts a thread of ours that nobody joins, if one can be had. It takes no signals.
+pub(crate) fn detached(body: extern "C" fn(*mut c_void) -> *mut c_void, with: *mut c_void) {
     // SAFETY: attributes are initialised before and destroyed after use; the masks are whole; the thread is detached.
     unsafe {
         let (mut all, mut before, mut attr) = std::mem::zeroed::<(libc::sigset_t, libc::sigset_t, _)>();
@@ -218,7 +222,7 @@ fn start_later(delay: Duration) {
         if libc::pthread_attr_init(&mut attr) == 0 {
             let mut thread = std::mem::zeroed();
             libc::pthread_attr_setdetachstate(&mut attr, libc::PTHREAD_CREATE_DETACHED);
-            usvm::ground::alloc::internal(|| libc::pthread_create(&mut thread, &attr, later, micros));
+            usvm::ground::alloc::internal(|| libc::pthread_create(&mut thread, &attr, body, with));
             libc::pthread_attr_destroy(&mut attr);
         }
         libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());

@@ -9,22 +9,27 @@
 //!
 //! A process whose main thread left by pthread_exit ends when its last thread does. usvm's threads would keep it alive:
 //! so the program's are counted, and the last one, when its own destructors have run, calls `exit(0)` as the C library
-//! does.
+//! does. Threads may live that were not counted: those that were there before this library, and all later ones where it was
+//! loaded late, as a layer of an OpenCL loader is. So the kernel's list is asked first, and while it has others than
+//! usvm's a thread looks now and then whether they have ended.
 //!
 //! # Locking
 //! None: [`TABLE`] is atomics. A new thread of a program with a running runtime waits for one request to it, unless its
 //! block is where an earlier thread's was.
 //!
 //! # Limits
-//! [`BLOCKS`] different places of blocks are remembered; threads beyond them are not protected. Those that the C library
-//! makes for itself (asynchronous I/O, timers) neither; nobody joins them.
+//! [`BLOCKS`] different places of blocks are remembered; threads beyond them are not protected. Those that begin unseen while
+//! a runtime runs are not either: the C library's own (asynchronous I/O, timers), which nobody joins, and in a program that
+//! loaded this library late all of them.
 //!
 //! # Safety
 //! The thread pointer is the block's address on x86-64 (psABI). What a thread starts with lives in a static slot or in a
 //! block of malloc, which the new thread takes over.
 
 use std::ffi::{c_int, c_void};
-use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::fs;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use usvm::Runtime;
 use usvm::ground::alloc;
@@ -99,8 +104,66 @@ unsafe extern "C" fn ending(round: *mut c_void) {
     }
     keep_robust_locks();
     if LIVING.fetch_sub(1, Ordering::AcqRel) == 1 && start::is_owner() {
+        end_with_the_others();
+    }
+}
+
+/// The last thread that was counted ends: ends the process when no other of the program lives.
+fn end_with_the_others() {
+    static WAITING: AtomicBool = AtomicBool::new(false);
+    const SOONEST: Duration = Duration::from_millis(5);
+    const LATEST: Duration = Duration::from_millis(500);
+    extern "C" fn wait(_: *mut c_void) -> *mut c_void {
+        alloc::internal(|| {
+            let mut pause = SOONEST;
+            while !(all_ended() && others().is_empty()) {
+                std::thread::sleep(pause);
+                pause = (pause * 2).min(LATEST);
+            }
+        });
+        // SAFETY: as below.
+        unsafe { libc::exit(0) }
+    }
+    if alloc::internal(|| others().is_empty()) {
         // SAFETY: what the C library does when the last thread has ended.
         unsafe { libc::exit(0) };
+    }
+    if !WAITING.swap(true, Ordering::Relaxed) {
+        start::detached(wait, std::ptr::null_mut());
+    }
+}
+
+/// The process's threads that are neither this one nor usvm's own, by their kernel ids. None where the kernel does not tell.
+fn others() -> Vec<libc::pid_t> {
+    // SAFETY: asks who this is.
+    let own = unsafe { libc::gettid() };
+    let Ok(tasks) = fs::read_dir("/proc/self/task") else { return Vec::new() };
+    let ids = tasks.flatten().filter_map(|task| task.file_name().to_str()?.parse().ok());
+    let is_foreign = |id: &libc::pid_t| {
+        // One that has ended meanwhile has no name.
+        *id != own
+            && fs::read(format!("/proc/self/task/{id}/comm")).is_ok_and(|name| !name.starts_with(b"usvm-"))
+    };
+    ids.filter(is_foreign).collect()
+}
+
+/// Remembers the control blocks of threads that began before this library could see them: each lies as far from the head
+/// of its list of robust locks, which the kernel tells, as the calling thread's own.
+fn note_others() {
+    let head_of = |id: libc::pid_t| {
+        let (mut at, mut len) = (0u64, 0usize);
+        // SAFETY: asks for the list of a thread of this process; both results are written here.
+        let asked = unsafe { libc::syscall(libc::SYS_get_robust_list, id, &raw mut at, &raw mut len) };
+        (asked == 0 && at != 0).then_some(at)
+    };
+    let block = own_block();
+    let Some(distance) = head_of(0).and_then(|head| head.checked_sub(block)).filter(|d| *d < BLOCK) else {
+        return;
+    };
+    for id in others() {
+        if let Some(block) = head_of(id).and_then(|head| head.checked_sub(distance)) {
+            let _ = place_of(block);
+        }
     }
 }
 
@@ -215,6 +278,7 @@ fn read_word(addr: u64) -> Option<u64> {
 
 /// A runtime runs: keeps the blocks of all threads there are.
 pub(crate) fn runtime_started(runtime: &Runtime) {
+    note_others();
     let number = STARTED.fetch_add(1, Ordering::Relaxed) + 1;
     RUNNING.store(number, Ordering::SeqCst);
     for place in TABLE.iter().filter(|place| place.block.load(Ordering::SeqCst) != 0) {
