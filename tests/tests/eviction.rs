@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use usvm::device::sim::{Gpu, SimConfig};
-use usvm::{Builder, Config, Error, Hint, Runtime};
+use usvm::{Builder, Config, Error, Hint, Location, Runtime};
 use usvm_tests::support::*;
 
 #[global_allocator]
@@ -257,6 +257,66 @@ fn held_memory_is_not_evicted() {
     other.fill(1);
     stream(&runtime, &other, 1);
     held.check(2);
+}
+
+/// A bracket around a part of a range leaves the rest to the program: nobody else may take that away meanwhile, or the
+/// thread that is to end the bracket could wait for itself.
+#[test]
+fn the_rest_of_a_range_stays_at_home_while_a_part_is_held() {
+    let _alone = alone("rest at home", 60);
+    let runtime = runtime(Config::default(), &[3 * M2]);
+    let mem = Mem::filled(M2, 1);
+    let (at, len) = (mem.at, mem.len);
+    let bracket = runtime.begin_access(0, &[writes(at + 64, 100)]).unwrap();
+    runtime.prefetch(at, len, Location::Device(0)).wait(None).unwrap();
+    on_gpu(&runtime, move |gpu| gpu_fill(gpu, at + M2 / 2, M2 / 2, M2 / 16, 2)).unwrap();
+    assert_eq!(runtime.residence(at, len).unwrap().device, 0);
+    mem.check_words(0, M2 / 2, |i| value(1, i));
+    mem.check_words(M2 / 2, M2 / 2, |i| value(2, i));
+    runtime.end_access(bracket).unwrap();
+    to_device(&runtime, &mem, 3);
+    assert_eq!(runtime.residence(at, len).unwrap().device, len, "afterwards it goes there as ever");
+    mem.check(3);
+}
+
+#[test]
+fn a_kernel_that_panics_lets_go_of_what_was_held_for_it() {
+    let _alone = alone("panics", 60);
+    let runtime = runtime(Config::default(), &[3 * M2]);
+    let mem = Mem::filled(M2, 1);
+    let (at, len) = (mem.at, mem.len);
+    let fence = runtime.launch_with(0, &[writes(at, len)], |_| panic!("as a kernel may"));
+    assert!(fence.wait(None).is_err());
+    mem.check(1);
+    to_device(&runtime, &mem, 2);
+    mem.check(2);
+}
+
+/// A copy that work reads belongs to it until its end: who brings the memory home waits, and a fork leaves the copy.
+#[test]
+fn a_copy_that_is_held_stays() {
+    let _alone = alone("held copy", 60);
+    let runtime = without_faults(4 * M2);
+    let mem = Mem::filled(M2, 1);
+    let (at, len) = (mem.at, mem.len);
+    runtime.advise(at, len, Hint::ReadMostly(true)).unwrap();
+    let bracket = runtime.begin_access(0, &[reads(at, len)]).unwrap();
+    let copied = || runtime.residence(at, len).unwrap().shared;
+    assert_eq!(copied(), len);
+    usvm_tests::isolated::fork_child(false, || true).good("forked while a copy is held");
+    assert_eq!(copied(), len);
+    std::thread::scope(|scope| {
+        let evicts = scope.spawn(|| runtime.evict(at, len));
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(!evicts.is_finished(), "it did not wait");
+        assert_eq!(copied(), len);
+        // The device, which cannot fault, still has it.
+        runtime.launch(0, move |gpu| gpu_check(gpu, at, len, 0, 1)).wait(None).unwrap();
+        runtime.end_access(bracket).unwrap();
+        evicts.join().unwrap().unwrap();
+    });
+    assert_eq!(copied(), 0);
+    mem.check(1);
 }
 
 #[test]

@@ -123,6 +123,35 @@ fn fork_while_threads_use_the_device() {
     });
 }
 
+/// The kernel tells of a child by a descriptor, for which usvm keeps a number.
+#[test]
+fn a_fork_when_no_descriptor_is_free() {
+    if !kernel_faults() {
+        return;
+    }
+    isolated("a_fork_when_no_descriptor_is_free", || {
+        let limit = libc::rlimit { rlim_cur: 256, rlim_max: 256 };
+        // SAFETY: limits this process, which is the test's own.
+        assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) }, 0);
+        let rt = runtime(64 << 20);
+        let (area, mut piece) = Area::filled(LEN, false, &mut Rng::new(31));
+        let mut taken = Vec::with_capacity(256);
+        // SAFETY: takes descriptors and gives them back below.
+        while let fd @ 0.. = unsafe { libc::dup(0) } {
+            taken.push(fd);
+        }
+        for round in 0..6 {
+            piece.change(&rt, "before");
+            fork_child(round % 2 == 1, || holds(&piece)).good("a child without a free descriptor");
+        }
+        piece.check(&rt, "afterwards");
+        // SAFETY: this test's own descriptors.
+        taken.into_iter().for_each(|fd| assert_eq!(unsafe { libc::close(fd) }, 0));
+        drop(area);
+        rt.shutdown();
+    });
+}
+
 /// Running work holds its memory where it is: the fork does not wait for it, the child has the memory all the same, and what
 /// the device writes afterwards is not lost.
 #[test]

@@ -12,7 +12,7 @@
 //! A forked child begins without a runtime: what the parent had acquired is forgotten there, and acquiring starts a new
 //! one.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use usvm::{Config, Error, Result, Runtime};
 
@@ -35,7 +35,7 @@ fn shared() -> MutexGuard<'static, Option<Shared>> {
 /// The process's runtime; started with `config` (the environment's when `None`) if there is none yet. Each call wants
 /// its [`release`].
 pub fn acquire(config: Option<Config>) -> Result<Runtime> {
-    fork::install();
+    install_handlers();
     let mut shared = shared();
     if let Some(shared) = shared.as_mut() {
         shared.users += 1;
@@ -48,6 +48,25 @@ pub fn acquire(config: Option<Config>) -> Result<Runtime> {
     let runtime = Runtime::start(config)?;
     *shared = Some(Shared { runtime: runtime.clone(), users: 1, owner: std::process::id() });
     Ok(runtime)
+}
+
+static MORE_HANDLERS: OnceLock<fn()> = OnceLock::new();
+
+/// Registers what installs a caller's own fork handlers; it is called before each start, after usvm's handlers were
+/// installed and while no lock is held. The first registration counts.
+pub fn on_handlers(install: fn()) {
+    let _ = MORE_HANDLERS.set(install);
+}
+
+/// All of them before the lock: up to glibc 2.35 a thread that forks keeps others from installing handlers while it runs
+/// those that there are, and one of these waits for the lock.
+fn install_handlers() {
+    fork::install();
+    // The start does it again, and tells.
+    let _ = usvm::runtime::install_fork_handlers();
+    if let Some(install) = MORE_HANDLERS.get() {
+        install();
+    }
 }
 
 /// The process's runtime, if there is one and nobody is starting or stopping it. Never waits.

@@ -98,6 +98,7 @@ unsafe extern "C" fn construct(_: c_int, _: *const *const c_char, environment: *
         MAIN.store(unsafe { libc::pthread_self() }, Ordering::Relaxed);
     }
     usvm::runtime::on_start(started);
+    process::on_handlers(watch_forks);
     STATE.store(READY, Ordering::Relaxed);
     if words.heap && !heap_is_there() {
         say(
@@ -179,11 +180,14 @@ fn say(words: &str) {
 
 /// A runtime runs in this process and has moved nothing yet.
 fn started(runtime: &Runtime) {
-    static WATCHES_FORK: AtomicBool = AtomicBool::new(false);
     OWNER.store(std::process::id(), Ordering::Relaxed);
     threads::runtime_started(runtime);
+}
+
+/// After the runtime's own handlers: in the child those run first.
+fn watch_forks() {
+    static WATCHES_FORK: AtomicBool = AtomicBool::new(false);
     if !WATCHES_FORK.swap(true, Ordering::Relaxed) {
-        // After the runtime's own handlers: in the child those run first.
         // SAFETY: a function that is never unloaded (the library is linked with -z nodelete).
         unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
     }

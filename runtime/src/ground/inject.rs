@@ -104,6 +104,8 @@ calls! {
     Seek,
     /// stat(2), fstat(2).
     Stat,
+    /// tgkill(2) that sends nothing.
+    Tgkill,
     /// fcntl(2) F_DUPFD_CLOEXEC.
     DupHigh,
     /// dup3(2).

@@ -16,7 +16,6 @@ use std::thread::JoinHandle;
 
 use crossbeam_utils::sync::ShardedLock;
 use nix::sys::signal::SigSet;
-use rustix::io::Errno;
 use rustix::thread::{Pid, gettid};
 
 use crate::ground::alloc;
@@ -117,13 +116,14 @@ impl Listed {
 
 /// The listed threads that do not live any more.
 pub fn dead() -> Vec<String> {
-    let process = rustix::process::getpid();
-    // Whatever else the kernel answers, it does not say that the thread is gone.
+    // Whatever else the kernel answers, it does not say that the thread is gone. No file is asked: /proc may be another
+    // namespace's, or not there any more.
     let gone = |tid: Pid| {
-        inject::check(Call::Stat).is_ok() && {
-            let path = format!("/proc/{}/task/{}", process.as_raw_nonzero(), tid.as_raw_nonzero());
-            matches!(rustix::fs::stat(path), Err(Errno::NOENT | Errno::SRCH))
-        }
+        // SAFETY: signal 0 is none; the kernel only looks for the thread.
+        let asks =
+            || unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid.as_raw_nonzero().get(), 0) };
+        let missing = || io::Error::last_os_error().raw_os_error() == Some(libc::ESRCH);
+        inject::check(Call::Tgkill).is_ok() && asks() != 0 && missing()
     };
     living().into_iter().filter(|(tid, _)| gone(*tid)).map(|(_, name)| name).collect()
 }

@@ -18,7 +18,7 @@
 //! A child of the child that is forked before this is done gets nothing. Only /proc/self/smaps tells which mappings a fork
 //! wipes; it is read once for each child, and only if there is anything to fill.
 
-use rustix::fd::{AsFd, OwnedFd};
+use rustix::fd::AsFd;
 use rustix::fs::OFlags;
 
 use super::features::Features;
@@ -27,6 +27,7 @@ use super::sys::{self, Partial};
 use super::{Host, PATIENCE, PAUSE};
 use crate::ground::addr::{PAGE_SHIFT, PageMask, SZ_4K, Span};
 use crate::ground::error::Errno;
+use crate::ground::fds::Kept;
 use crate::space::ports::Shadow;
 
 /// What makes a page of the parent go elsewhere in the child, or nowhere.
@@ -39,7 +40,7 @@ enum Change {
 /// See the module's documentation. The child's other waiters go on when it is dropped.
 pub struct Child<'a> {
     host: &'a Host,
-    uffd: OwnedFd,
+    uffd: Kept,
     /// In the order in which they happened; `None` before anything was to be filled.
     changes: Option<Vec<Change>>,
     ended: bool,
@@ -47,7 +48,7 @@ pub struct Child<'a> {
 
 impl Host {
     /// The child whose userfaultfd this is.
-    pub fn child(&self, uffd: OwnedFd) -> Child<'_> {
+    pub fn child(&self, uffd: Kept) -> Child<'_> {
         Child { host: self, uffd, changes: None, ended: false }
     }
 }

@@ -29,7 +29,7 @@ use crate::ground::fds::Kept;
 use linux_raw_sys::general as uapi;
 use rustix::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
 use std::time::{Duration, Instant};
 
 /// Messages taken from the kernel at once.
@@ -68,8 +68,9 @@ pub enum Message {
         /// Bytes.
         len: u64,
     },
-    /// The process forked; this is the userfaultfd of the child.
-    Fork(OwnedFd),
+    /// The process forked; this is the userfaultfd of the child. Another child, which inherits it, closes it: the first
+    /// would wait for somebody to read it.
+    Fork(Kept),
 }
 
 /// What [`Channel::poll`] saw.
@@ -89,6 +90,9 @@ pub(super) type MessagesHeld<'a> = RwLockReadGuard<'a, ()>;
 pub struct Channel {
     uffd: Kept,
     wake: Kept,
+    /// Kept for the child's userfaultfd, which a fork brings: without a free number the kernel could not tell of it, and the
+    /// fork would wait.
+    spare: Mutex<Option<Kept>>,
     gate: RwLock<()>,
     /// Events that were read and are not handled yet.
     unhandled: AtomicU32,
@@ -101,6 +105,7 @@ impl Channel {
         Ok(Self {
             uffd: Kept::new(uffd),
             wake: Kept::new(wake),
+            spare: Mutex::new(sys::eventfd().ok().map(Kept::new)),
             gate: RwLock::new(()),
             unhandled: AtomicU32::new(0),
         })
@@ -198,6 +203,7 @@ impl Channel {
                 Ok(len) => len,
                 Err(Errno(libc::EAGAIN)) => break,
                 Err(Errno(libc::EINTR)) => continue,
+                Err(Errno(libc::EMFILE | libc::ENFILE)) if self.give_spare() => continue,
                 Err(errno) => return Err(Error::os("reading the userfaultfd", errno)),
             };
             out.extend(buf[..len].chunks_exact(MESSAGE).filter_map(decode));
@@ -206,6 +212,23 @@ impl Channel {
             }
         }
         Ok(out.len() - before)
+    }
+
+    fn spare(&self) -> MutexGuard<'_, Option<Kept>> {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether there is a free number now that was usvm's.
+    fn give_spare(&self) -> bool {
+        self.spare().take().is_some()
+    }
+
+    /// Takes a number again, when the child's is closed.
+    pub(super) fn renew_spare(&self) {
+        let mut spare = self.spare();
+        if spare.is_none() {
+            *spare = sys::eventfd().ok().map(Kept::new);
+        }
     }
 }
 
@@ -268,7 +291,9 @@ fn decode(bytes: &[u8]) -> Option<Message> {
                 let remap = arg.remap;
                 Some(Message::Remap { from: remap.from, to: remap.to, len: remap.len })
             }
-            uapi::UFFD_EVENT_FORK => Some(Message::Fork(OwnedFd::from_raw_fd(arg.fork.ufd as i32))),
+            uapi::UFFD_EVENT_FORK => {
+                Some(Message::Fork(Kept::new(OwnedFd::from_raw_fd(arg.fork.ufd as i32))))
+            }
             _ => None,
         }
     }

@@ -309,7 +309,7 @@ impl Host {
 
     /// Whether the kernel says that `span` is registered.
     fn kernel_registered(&self, span: Span) -> Option<bool> {
-        self.pagemap.registered(span).or_else(|| pagemap::registered_by_smaps(span))
+        self.pagemap.registered(span).or_else(|| pagemap::all_registered_by_smaps(span))
     }
 
     /// Present pages, or `otherwise` where nobody can tell.
@@ -443,6 +443,17 @@ impl HostMemory for Host {
 
     fn is_registered(&self, span: Span) -> bool {
         self.registered_now(span)
+    }
+
+    fn registered(&self, span: Span) -> PageMask {
+        let told = self.pagemap.registered_pages(span).or_else(|| pagemap::registered_by_smaps(span));
+        told.unwrap_or_else(|| {
+            let mut mask = PageMask::EMPTY;
+            let books = self.books();
+            let pages = (0..span.pages()).filter(|page| books.covers(span.page_run(*page, 1)));
+            pages.for_each(|page| mask.set(page));
+            mask
+        })
     }
 
     fn mappings_change(&self) -> bool {

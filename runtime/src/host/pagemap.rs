@@ -218,6 +218,17 @@ impl Pagemap {
         Some(true)
     }
 
+    /// The pages of `span`, of 2 MiB at most, that are in such mappings; `None` where the kernel cannot tell.
+    pub(super) fn registered_pages(&self, span: Span) -> Option<PageMask> {
+        if !self.marks_registered {
+            return None;
+        }
+        let what = ScanFor { all: WPALLOWED, any: 0, report: WPALLOWED, arm: false };
+        let mut mask = PageMask::EMPTY;
+        self.scan(span, what, |(first, count), _| mask.set_run(first, count)).ok()?;
+        Some(mask)
+    }
+
     fn scan(
         &self,
         span: Span,
@@ -251,30 +262,40 @@ impl Pagemap {
     }
 }
 
-/// Whether every mapping in `span` has the flag of a userfaultfd registration, by /proc/self/smaps: slow (the kernel
-/// walks all page tables), for kernels without PAGEMAP_SCAN.
-pub(super) fn registered_by_smaps(span: Span) -> Option<bool> {
+/// The parts of `span` whose mappings have the flag of a userfaultfd registration, ascending, by /proc/self/smaps: slow
+/// (the kernel walks all page tables), for kernels without PAGEMAP_SCAN.
+fn by_smaps(span: Span) -> Option<Vec<Span>> {
     crate::ground::inject::check(crate::ground::inject::Call::Open).ok()?;
     let text = std::fs::read("/proc/self/smaps").ok()?;
     let text = String::from_utf8_lossy(&text);
-    let mut at = span.start;
-    let mut current = Span::new(0, 0);
+    let mut found = Vec::new();
+    let mut current = None;
     for line in text.lines() {
         if let Some(flags) = line.strip_prefix("VmFlags:") {
-            if current.contains(at) {
-                if !flags.split_ascii_whitespace().any(|f| f == "um") {
-                    return Some(false);
-                }
-                at = current.end;
-            }
-            if at >= span.end {
-                return Some(true);
+            if flags.split_ascii_whitespace().any(|f| f == "um") {
+                found.extend(current);
             }
         } else if let Some(vma) = smaps_header(line) {
-            current = vma;
+            if vma.start >= span.end {
+                break;
+            }
+            current = vma.intersect(span);
         }
     }
-    Some(false)
+    Some(found)
+}
+
+/// Whether all of `span` is registered; slow.
+pub(super) fn all_registered_by_smaps(span: Span) -> Option<bool> {
+    let parts = by_smaps(span)?;
+    let end = parts.iter().fold(span.start, |end, part| if part.start == end { part.end } else { end });
+    Some(end == span.end)
+}
+
+/// The registered pages of `span`, of 2 MiB at most; slow.
+pub(super) fn registered_by_smaps(span: Span) -> Option<PageMask> {
+    let parts = by_smaps(span)?;
+    Some(parts.into_iter().fold(PageMask::EMPTY, |mask, part| mask.or(&PageMask::of(span, part))))
 }
 
 /// The span of a line that starts a mapping.

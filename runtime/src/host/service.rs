@@ -48,11 +48,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, TryLockError};
 use std::time::{Duration, Instant};
 
-use rustix::fd::OwnedFd;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use crate::ground::addr::{SZ_4K, align_down};
 use crate::ground::error::Result;
+use crate::ground::fds::Kept;
 use crate::ground::inject::{self, Call};
 use crate::host::Host;
 use crate::host::message::Message;
@@ -138,7 +138,7 @@ fn nanos(duration: Duration) -> u64 {
 }
 
 /// Gets a forked child's userfaultfd, and what to do again and again while it waits for a range.
-type OnFork = dyn Fn(OwnedFd, &dyn Fn()) + Send + Sync;
+type OnFork = dyn Fn(Kept, &dyn Fn()) + Send + Sync;
 
 /// The service of one runtime.
 pub struct Service {
@@ -172,7 +172,7 @@ impl Service {
         svm: Arc<Svm>,
         workers: usize,
         spin: Duration,
-        on_fork: impl Fn(OwnedFd, &dyn Fn()) + Send + Sync + 'static,
+        on_fork: impl Fn(Kept, &dyn Fn()) + Send + Sync + 'static,
     ) -> Self {
         let processors = allowed_processors();
         Self {
@@ -298,7 +298,10 @@ impl Service {
                         self.svm.moved(from, to, len, &read_on);
                     }
                 }
-                Message::Fork(child) => (self.on_fork)(child, &read_on),
+                Message::Fork(child) => {
+                    (self.on_fork)(child, &read_on);
+                    self.host.channel().renew_spare();
+                }
                 Message::Fault { .. } => unreachable!("it is no event"),
             }
         }

@@ -41,6 +41,7 @@ mod watchdog;
 
 use std::fmt;
 use std::io::Write as _;
+use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
@@ -58,7 +59,7 @@ use crate::host::service::Service;
 use crate::host::{Host, Options, exempt};
 use crate::observe::live;
 use crate::observe::observer::Observer;
-use crate::observe::stats::{Cause, StatsSnapshot};
+use crate::observe::stats::StatsSnapshot;
 use crate::observe::watch::Change;
 use crate::policy;
 use crate::space::mover::{self, Mover, Range};
@@ -176,7 +177,7 @@ impl Drop for Handle {
 }
 
 /// The process's runtime, for the handlers around fork: a leaked reference to its [`Inner`], or null.
-static CURRENT: AtomicPtr<Inner> = AtomicPtr::new(std::ptr::null_mut());
+static CURRENT: AtomicPtr<Inner> = AtomicPtr::new(ptr::null_mut());
 
 fn start(builder: Builder) -> Result<Runtime> {
     let Builder { config, host: options, devices } = builder;
@@ -263,6 +264,7 @@ fn start(builder: Builder) -> Result<Runtime> {
         devices,
         observer,
     });
+    install_fork_handlers()?;
     publish(&inner)?;
     let runtime = Runtime { handle: Arc::new(Handle(inner)) };
     runtime.inner().start_threads()?;
@@ -304,11 +306,20 @@ fn wait_for_threads() {
 /// Makes it the process's runtime; there can be one.
 fn publish(inner: &Arc<Inner>) -> Result<()> {
     let raw = Arc::into_raw(inner.clone()).cast_mut();
-    if CURRENT.compare_exchange(std::ptr::null_mut(), raw, Ordering::AcqRel, Ordering::Acquire).is_err() {
+    if CURRENT.compare_exchange(ptr::null_mut(), raw, Ordering::AcqRel, Ordering::Acquire).is_err() {
         reclaim(raw);
         return Err(Error::NotSupported("a runtime is running in this process already: use that one".into()));
     }
     here::claim();
+    Ok(())
+}
+
+/// Installs what runs around fork(2), once; every start does. For who holds a lock over the start that a fork handler of his
+/// own takes: some C libraries (glibc up to 2.35) do not take new handlers while old ones run.
+///
+/// # Errors
+/// What pthread_atfork says.
+pub fn install_fork_handlers() -> Result<()> {
     fork::install(Handlers { prepare: before_fork, parent: after_fork, child: in_child })
 }
 
@@ -476,7 +487,7 @@ impl Inner {
         self.report();
         self.live.iter().for_each(live::Page::close);
         self.state.store(state, Ordering::Release);
-        let raw = CURRENT.swap(std::ptr::null_mut(), Ordering::SeqCst);
+        let raw = CURRENT.swap(ptr::null_mut(), Ordering::SeqCst);
         protect::wait_for_lookers();
         reclaim(raw);
     }
@@ -518,6 +529,15 @@ impl Inner {
     }
 }
 
+/// What a launch holds.
+struct ReleaseOnDrop<'a>(&'a Svm, Vec<Arc<Range>>);
+
+impl Drop for ReleaseOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.release(&self.1);
+    }
+}
+
 /// Gives back a reference that [`publish`] leaked.
 #[allow(unsafe_code)]
 fn reclaim(raw: *mut Inner) {
@@ -548,16 +568,26 @@ fn with_current(f: impl FnOnce(&Inner)) {
     }
 }
 
+/// The runtime that the thread which forks has frozen. The C library lets one thread fork at a time.
+static FROZEN: AtomicPtr<Inner> = AtomicPtr::new(ptr::null_mut());
+
+/// How long a frozen runtime waits for running work.
+const LAST_PATIENCE: Duration = Duration::from_millis(100);
+
 fn before_fork() {
     with_current(|inner| {
         if inner.is_running() && !alloc::is_service_thread() {
+            FROZEN.store(ptr::from_ref(inner).cast_mut(), Ordering::SeqCst);
             let svm = inner.svm.clone();
             // What running work holds is given to the child where the kernel tells of it; otherwise the fork waits.
             let given = inner.host.report().has.contains(Features::EVENT_FORK);
-            let patience = if given { Duration::ZERO } else { PIN_PATIENCE };
             let home = inner.control.call(move || {
+                if !given {
+                    // Not frozen yet: the work may need more to end.
+                    let _ = svm.bring_home_for_fork(PIN_PATIENCE);
+                }
                 svm.freeze();
-                svm.bring_home_within(Span::new(0, u64::MAX), Cause::User, patience)
+                svm.bring_home_for_fork(if given { Duration::ZERO } else { LAST_PATIENCE })
             });
             if let Err(e) = home
                 && !(given && matches!(e, Error::Busy { .. }))
@@ -570,7 +600,9 @@ fn before_fork() {
 
 fn after_fork() {
     with_current(|inner| {
-        if inner.is_running() && !alloc::is_service_thread() {
+        // One that another thread has started since was not frozen.
+        let frozen = FROZEN.swap(ptr::null_mut(), Ordering::SeqCst);
+        if ptr::eq(frozen, inner) && inner.is_running() {
             let svm = inner.svm.clone();
             // Not in line behind requests that wait for just this.
             let _ = inner.control.end(move || {
@@ -592,7 +624,8 @@ fn in_child() {
     });
     if had_one {
         // The parent's record is left as it is: its locks may be held by threads that do not exist here.
-        CURRENT.store(std::ptr::null_mut(), Ordering::Release);
+        CURRENT.store(ptr::null_mut(), Ordering::Release);
+        protect::forget_lookers();
         alloc::renew_after_fork();
         // SAFETY: a handler of fork, in the child: no other thread exists, and this one holds none of these locks.
         unsafe {
@@ -675,8 +708,10 @@ impl Runtime {
                 // What munmap and its like took away before this launch must be gone from the device's tables.
                 svm.barrier();
                 let held = hold(&svm, device, &accesses, |a| Want::launch(a.access))?;
+                // Also when the kernel panics.
+                let held = ReleaseOnDrop(&svm, held);
                 let result = kernel(gpu);
-                svm.release(&held);
+                drop(held);
                 observer.launched(device, started);
                 result
             })

@@ -26,6 +26,11 @@ pub(super) fn wait_for_lookers() {
     }
 }
 
+/// In a forked child: whoever looked is in the parent.
+pub(super) fn forget_lookers() {
+    LOOKING.store(0, Ordering::SeqCst);
+}
+
 struct Look;
 
 impl Look {

@@ -119,6 +119,9 @@ pub trait HostMemory: AddressSpace {
     /// mapping was unmapped and a new one stands in its place.
     fn is_registered(&self, span: Span) -> bool;
 
+    /// The pages of `span`, of 2 MiB at most, that lie in such mappings.
+    fn registered(&self, span: Span) -> PageMask;
+
     /// Whether some call has changed mappings of which the space does not know yet: its event is unread or not handled.
     fn mappings_change(&self) -> bool;
 

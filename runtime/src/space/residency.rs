@@ -80,6 +80,11 @@ impl Residency {
         before == 1
     }
 
+    /// How often it is pinned.
+    pub fn pins(&self) -> u32 {
+        self.pins.load(Ordering::Acquire)
+    }
+
     /// Whether running work uses the range where it is.
     pub fn is_pinned(&self) -> bool {
         self.pins.load(Ordering::Acquire) > 0
@@ -91,6 +96,8 @@ impl Residency {
 pub struct State {
     /// Devices that may map the range now, one bit each.
     pub bound: u32,
+    /// Some who pinned it hold a part and left the range at home for the program's use of the rest. Of past pins until the next.
+    pub left: bool,
     /// Residency, once the range moved.
     pub moved: Option<Box<Moved>>,
 }

@@ -445,6 +445,13 @@ impl HostMemory for FakeHost {
         pages_of(span).all(|addr| k.registered(addr))
     }
 
+    fn registered(&self, span: Span) -> PageMask {
+        let k = self.kernel();
+        let mut mask = PageMask::EMPTY;
+        pages_of(span).filter(|addr| k.registered(*addr)).for_each(|addr| mask.set(span.page_index(addr)));
+        mask
+    }
+
     fn mappings_change(&self) -> bool {
         self.kernel().changing > 0
     }

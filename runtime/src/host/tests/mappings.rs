@@ -2,8 +2,9 @@
 
 use super::*;
 use crate::ground::error::Error;
-use crate::host::exempt;
+use crate::host::{exempt, pagemap};
 use crate::space::ports::{AddressSpace, Vma, VmaKind};
+use rustix::fd::{AsFd, AsRawFd};
 
 fn hosts() -> [Host; 2] {
     [host(), without(Features::PROCMAP_QUERY)]
@@ -35,6 +36,14 @@ fn registered_parts_do_not_show() {
         assert!(
             host.is_registered(area.span.page_run(8, 2)) && host.is_registered(area.span.page_run(18, 2))
         );
+        let mut left = PageMask::EMPTY;
+        for (first, count) in [(8, 2), (18, 2), (30, 2), (50, 1)] {
+            left.set_run(first, count);
+        }
+        assert_eq!(host.registered(area.span), left);
+        assert_eq!(pagemap::registered_by_smaps(area.span), Some(left), "an older kernel's answer");
+        assert_eq!(pagemap::all_registered_by_smaps(area.span), Some(false));
+        assert_eq!(pagemap::all_registered_by_smaps(area.span.page_run(18, 2)), Some(true));
         drop(host);
     }
 }
@@ -241,7 +250,8 @@ fn fork_is_told_where_it_may_be() {
     let mut messages = Vec::new();
     host.read_batch(&mut messages).unwrap();
     handled(&host, &messages);
-    assert!(matches!(messages[..], [Message::Fork(_)]), "{messages:?}");
+    let [Message::Fork(childs)] = &messages[..] else { panic!("{messages:?}") };
+    assert!(crate::ground::fds::is_kept(childs.as_fd().as_raw_fd()), "other children would keep it open");
     drop(forker.join().unwrap());
 }
 

@@ -36,7 +36,7 @@ impl Mover {
         if state.is_home() {
             return Ok(());
         }
-        let State { bound, moved: Some(moved) } = state else { return Ok(()) };
+        let State { bound, moved: Some(moved), .. } = state else { return Ok(()) };
         self.announce_copies(moved.device, &moved.vram.and(pages).minus(&moved.fresh));
         self.unbind(range, bound);
         let result = self.accounted(range, moved, |m| self.to_host_steps(range, m, pages, cause));
@@ -236,7 +236,7 @@ impl Mover {
 
     /// mremap took `pages` of the range elsewhere: their contents wait in the shadow for [`Mover::land_elsewhere`].
     pub fn leave(&self, range: &Arc<Range>, state: &mut State, pages: &PageMask) -> Result<()> {
-        let State { bound, moved: Some(moved) } = state else { return Ok(()) };
+        let State { bound, moved: Some(moved), .. } = state else { return Ok(()) };
         self.unbind(range, bound);
         let result = self.accounted(range, moved, |m| {
             m.shared = false;
@@ -286,7 +286,7 @@ impl Mover {
         state: &mut State,
         f: impl FnOnce(&PageMask, &PageMask, &Shadow),
     ) -> Result<()> {
-        let State { bound, moved: Some(moved) } = state else { return Ok(()) };
+        let State { bound, moved: Some(moved), .. } = state else { return Ok(()) };
         let held_by_work = range.data.is_pinned();
         if !held_by_work {
             self.unbind(range, bound);

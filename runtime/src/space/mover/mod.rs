@@ -221,7 +221,7 @@ impl Mover {
 
     /// Drops `pages`: the program said their contents may go, or unmapped them (`dead`).
     pub fn drop_pages(&self, range: &Arc<Range>, state: &mut State, pages: &PageMask, dead: bool) {
-        let State { bound, moved } = state;
+        let State { bound, moved, .. } = state;
         self.unbind(range, bound);
         let Some(moved) = moved else { return };
         self.accounted(range, moved, |m| {

@@ -28,7 +28,7 @@ impl Mover {
             self.unshare_copy(range, state);
             self.to_host(range, state, &PageMask::first(range.span().pages()), cause)?;
         }
-        let State { bound, moved } = state;
+        let State { bound, moved, .. } = state;
         let moved = &mut **moved.get_or_insert_default();
         let result = self.accounted(range, moved, |m| self.to_device_steps(range, bound, m, device, cause));
         if result.is_err() && moved.vram.is_empty() {

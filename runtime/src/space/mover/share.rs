@@ -27,7 +27,7 @@ impl Mover {
         if state.moved.as_ref().is_some_and(|m| m.shared && m.device != device) {
             self.unshare_copy(range, state);
         }
-        let State { bound, moved } = state;
+        let State { bound, moved, .. } = state;
         let moved = &mut **moved.get_or_insert_default();
         let result = self.accounted(range, moved, |m| self.share_steps(range, bound, m, device, cause));
         if result.is_err() {
@@ -100,7 +100,7 @@ impl Mover {
 
     /// Gives up a shared range's copy; the application has the truth already.
     pub fn unshare_copy(&self, range: &Arc<Range>, state: &mut State) {
-        let State { bound, moved: Some(moved) } = state else { return };
+        let State { bound, moved: Some(moved), .. } = state else { return };
         if moved.shared {
             self.unbind(range, bound);
             self.free_bo(range, moved);

@@ -18,6 +18,9 @@ use crate::space::ports::{Facts, GpuAccess, Placement, Vma};
 use crate::space::residency::State;
 use crate::space::{Ctx, EventKind};
 
+/// What an access waits for that must not move what others hold.
+const HELD: &str = "waiting for work that holds the memory";
+
 impl Svm {
     /// Makes `[addr, addr + len)` usable by `device` as `want` says. Gives the ranges it pinned, for [`Svm::release`].
     pub fn gpu_access(&self, device: u32, addr: u64, len: u64, want: Want) -> Result<Vec<Arc<Range>>> {
@@ -80,7 +83,7 @@ impl Svm {
         let started = Instant::now();
         let (mut busy, mut gone) = (0, 0);
         let mut remote = false;
-        let mut full_since = None;
+        let (mut full_since, mut held_since) = (None, None::<Instant>);
         let mut attempt = 0;
         while attempt < TRIES {
             attempt += 1;
@@ -94,7 +97,7 @@ impl Svm {
                 continue;
             }
             let result =
-                self.collect_garbage().and_then(|()| self.try_gpu_access(device, addr, want, remote));
+                self.collect_garbage().and_then(|()| self.try_gpu_access(device, addr, want, remote, own));
             let error = match result {
                 Ok(Some(range)) => {
                     if want.cause == Cause::GpuAccess {
@@ -109,6 +112,13 @@ impl Svm {
                 Err(e) => e,
             };
             match error {
+                Error::Again { what: HELD, .. } => {
+                    if held_since.get_or_insert_with(Instant::now).elapsed() > PIN_PATIENCE || !want.wait {
+                        return Err(error);
+                    }
+                    self.mover.released().wait(seen, Duration::from_millis(2));
+                    attempt -= 1;
+                }
                 Error::Again { .. } => back_off(attempt),
                 // Another page of the range went away. Its event was not handled yet; or there was none, because
                 // memory that is at home need not be registered: then the range must be cut anew.
@@ -216,7 +226,14 @@ impl Svm {
     }
 
     /// One try. `None`: the mappings changed meanwhile.
-    fn try_gpu_access(&self, device: u32, addr: u64, want: Want, remote: bool) -> Result<Option<Arc<Range>>> {
+    fn try_gpu_access(
+        &self,
+        device: u32,
+        addr: u64,
+        want: Want,
+        remote: bool,
+        own: [&[Arc<Range>]; 2],
+    ) -> Result<Option<Arc<Range>>> {
         let frozen = self.frozen.read().unwrap_or_else(|p| p.into_inner());
         if *frozen > 0 || self.closed.load(Ordering::Acquire) {
             return Ok(None);
@@ -257,6 +274,11 @@ impl Svm {
             Some(_) => Placement::Remote,
             None => self.place(&range, &state, device, want, migratable),
         };
+        let mine = own.iter().copied().flatten().filter(|r| Arc::ptr_eq(r, &range)).count();
+        let placement = match range.data.pins() as usize > mine {
+            true => self.beside_others(&range, &state, device, want, placement)?,
+            false => placement,
+        };
         if placement != Placement::Remote && self.being_dropped(range.span()) {
             return Ok(None);
         }
@@ -290,11 +312,42 @@ impl Svm {
         let flags = mover.bind(&range, &mut state, device, want.access)?;
         commit.set_pages(flags);
         if want.pin {
+            state.left = want.leaves(range.span()) || state.left && range.data.is_pinned();
             range.data.pin();
         }
         drop(commit);
         drop(state);
         Ok(Some(range))
+    }
+
+    /// Where a range goes that others hold. What they left at home, because they hold a part and the program uses the rest
+    /// meanwhile, is reached over the link. What a device holds that cannot fault is not taken from it: [`HELD`].
+    fn beside_others(
+        &self,
+        range: &Range,
+        state: &State,
+        device: u32,
+        want: Want,
+        placement: Placement,
+    ) -> Result<Placement> {
+        let held = || Error::Again { what: HELD, tries: 1 };
+        let Some(m) = state.moved.as_ref().filter(|m| m.shared || !state.is_home()) else {
+            if !state.left {
+                return Ok(placement);
+            }
+            let atomics = self.mover.device(device).info().system_atomics;
+            let remote = placement == Placement::Remote || may_be_remote(want, atomics);
+            return remote.then_some(Placement::Remote).ok_or_else(held);
+        };
+        let stays = match m.shared {
+            true => m.device == device && placement == Placement::Share,
+            false => m.device == device && m.vram.count() == range.span().pages(),
+        };
+        if stays || self.mover.device(m.device).info().recoverable_faults {
+            Ok(placement)
+        } else {
+            Err(held())
+        }
     }
 
     /// The mapping at `addr`, if it allows the access: read-only mappings are never bound writable.

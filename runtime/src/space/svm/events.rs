@@ -20,23 +20,14 @@ impl Svm {
     /// Pages of `part` whose truth is away although the mapping it was taken from is not there any more. A mapping that
     /// replaced one was never registered.
     pub(super) fn strangers(&self, range: &Range, state: &State, part: Span) -> PageMask {
-        let mut found = PageMask::EMPTY;
-        let Some(m) = &state.moved else { return found };
+        let Some(m) = &state.moved else { return PageMask::EMPTY };
         let span = range.span();
         let away = m.vram.or(&m.strayed).and(&PageMask::of(span, part));
-        let mut runs: Vec<(usize, usize)> = away.runs().collect();
-        while let Some((first, count)) = runs.pop() {
-            if self.mover.host.is_registered(span.page_run(first, count)) {
-                continue;
-            }
-            if count == 1 {
-                found.set(first);
-                continue;
-            }
-            let half = count / 2;
-            runs.extend([(first, half), (first + half, count - half)]);
-        }
-        found
+        let all_there = away.runs().all(|(first, count)| {
+            let run = span.page_run(first, count);
+            self.mover.host.is_registered(run)
+        });
+        if all_there { PageMask::EMPTY } else { away.minus(&self.mover.host.registered(span)) }
     }
 
     /// Mappings under `strangers` of the range were replaced and no event says so: their old contents are nobody's. The
@@ -51,21 +42,6 @@ impl Svm {
     /// returns. The next access asks for the protection anew.
     pub fn protected(&self, span: Span) {
         self.invalidate(EventKind::ProtVma, span);
-    }
-
-    /// The pages of `span` that lie in registered mappings now.
-    fn registered(&self, span: Span) -> PageMask {
-        let mut mask = PageMask::EMPTY;
-        let mut todo = vec![span];
-        while let Some(part) = todo.pop() {
-            if self.mover.host.is_registered(part) {
-                mask = mask.or(&PageMask::of(span, part));
-            } else if part.pages() > 1 {
-                let half = part.pages() / 2;
-                todo.extend([part.page_run(0, half), part.page_run(half, part.pages() - half)]);
-            }
-        }
-        mask
     }
 
     /// Destroys ranges whose mappings went away, as the kernel does before each device access.
@@ -87,7 +63,10 @@ impl Svm {
         if landings.iter().any(|landing| Arc::ptr_eq(&landing.range, range)) {
             return Err(Error::Again { what: "landing what mremap moved", tries: 1 });
         }
-        let mut state = range.data.lock();
+        // Not waited for with the list in hand: who has the range may wait for an event, and its reader for the list.
+        let Some(mut state) = range.data.try_lock() else {
+            return Err(Error::Again { what: "collecting a range that another thread has", tries: 1 });
+        };
         drop(landings);
         self.salvage(range, &mut state, cause)?;
         self.mover.dissolve(range, &mut state);
@@ -138,7 +117,7 @@ impl Svm {
             // An event may be older than the mapping that stands there now and has gone to the device already: a mapping
             // is only ever registered by a migration, so what is registered is the newer one's. The garbage collector
             // brings that home.
-            let newer = self.registered(part);
+            let newer = self.mover.host.registered(part);
             let mut gone = PageMask::EMPTY;
             for (first, count) in PageMask::first(part.pages()).minus(&newer).runs() {
                 let run = part.page_run(first, count);

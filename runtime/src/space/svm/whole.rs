@@ -16,11 +16,16 @@ impl Svm {
     /// Brings everything in `span` home, whoever has it, waiting for running work. What cannot come, or is lost with its
     /// device, keeps nothing else from coming home; the error is the first one's.
     pub fn bring_home(&self, span: Span, cause: Cause) -> Result<()> {
-        self.bring_home_within(span, cause, PIN_PATIENCE)
+        self.bring_home_within(span, cause, PIN_PATIENCE, true)
     }
 
-    /// As [`Svm::bring_home`], but waits no longer than `patience` for what running work holds: [`Error::Busy`].
-    pub fn bring_home_within(&self, span: Span, cause: Cause, patience: Duration) -> Result<()> {
+    /// Brings everything home; waits no longer than `patience` for what running work holds: [`Error::Busy`]. Copies that it
+    /// holds are left.
+    pub fn bring_home_for_fork(&self, patience: Duration) -> Result<()> {
+        self.bring_home_within(Span::new(0, u64::MAX), Cause::User, patience, false)
+    }
+
+    fn bring_home_within(&self, span: Span, cause: Cause, patience: Duration, copies: bool) -> Result<()> {
         let begin = Instant::now();
         let deadline = begin + PIN_PATIENCE;
         let mut looks = 0;
@@ -31,24 +36,26 @@ impl Svm {
         let mut outcome = Ok(());
         let mut held = Vec::new();
         for range in self.space.ranges_in(span) {
-            match self.take_home(&range, cause, begin, deadline) {
+            match self.take_home(&range, cause, copies, begin, deadline) {
                 Ok(()) => {}
                 Err(Error::Busy { .. }) => held.push(range),
                 Err(e) => outcome = outcome.and(Err(e)),
             }
         }
         for range in held {
-            outcome = outcome.and(self.take_home(&range, cause, begin + patience, deadline));
+            outcome = outcome.and(self.take_home(&range, cause, copies, begin + patience, deadline));
         }
         outcome
     }
 
-    /// Brings the whole range home; waits until `patience` for who holds it, until `deadline` for mappings that change.
-    /// The contents that are lost with a device are an error once the rest is home.
+    /// Brings the whole range home; waits until `patience` for who holds it, also for who holds a copy if `copies` are to
+    /// go, and until `deadline` for mappings that change. The contents that are lost with a device are an error once the rest
+    /// is home.
     fn take_home(
         &self,
         range: &Arc<Range>,
         cause: Cause,
+        copies: bool,
         patience: Instant,
         deadline: Instant,
     ) -> Result<()> {
@@ -59,11 +66,15 @@ impl Svm {
             let seen = self.mover.released().generation();
             let result = {
                 let mut state = range.data.lock();
-                if state.is_home() {
-                    self.mover.unshare_copy(range, &mut state);
+                let held = range.data.is_pinned();
+                let has_copy = state.moved.as_ref().is_some_and(|m| m.shared);
+                if state.is_home() && !(held && has_copy && copies) {
+                    if !held {
+                        self.mover.unshare_copy(range, &mut state);
+                    }
                     return lost;
                 }
-                if range.data.is_pinned() {
+                if held {
                     Err(Error::Busy { span: range.span() })
                 } else {
                     match self.mover.to_host(range, &mut state, &all, cause) {
