@@ -302,6 +302,12 @@ pub(crate) fn purge() {
     }
 }
 
+/// Lets jemalloc know of this thread, and of its end.
+pub(crate) fn greet() {
+    // SAFETY: null is no block, and has no bytes.
+    unsafe { je::malloc_usable_size(ptr::null()) };
+}
+
 /// The bytes that a block of jemalloc's has; 0 for null.
 ///
 /// # Safety

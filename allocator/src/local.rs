@@ -11,6 +11,11 @@
 //! When a thread ends, its heap stays, with what is still live, for a thread that begins later. Mail for a heap without a
 //! thread is read by the thread that sent it, so that memory of ended threads is returned as well.
 //!
+//! The C library frees some blocks of its own on a thread whose destructors have all run (what belonged to cached stacks). A
+//! heap that was claimed then would never be let go of, and jemalloc would keep such a thread in a list for ever, in memory
+//! that is gone. So a thread that has no heap gives the first blocks that it frees away one by one ([`FEW`]), and jemalloc
+//! hears of a thread no later than its heap does, so that it knows that the thread has ended.
+//!
 //! # Locking
 //! None: a heap is used only by whoever claimed it. So fork needs no care: in the child the heaps of the
 //! threads that are gone are never used, and freeing their blocks goes to their mail.
@@ -39,6 +44,9 @@ const SPARES: usize = 16;
 
 /// Blocks of another heap's slab that are handed over together at most.
 const CHAIN: u16 = 32;
+
+/// How many blocks a thread frees before that alone gives it a heap: more than the C library frees on an ending thread.
+const FEW: u16 = 256;
 
 /// One thread's slabs.
 pub(crate) struct Heap {
@@ -69,6 +77,8 @@ static KEY: AtomicU32 = AtomicU32::new(0);
 
 thread_local! {
     static HEAP: Cell<*mut Heap> = const { Cell::new((&raw const NOBODY.0).cast_mut()) };
+    /// Blocks that it freed while it had no heap.
+    static FREED: Cell<u16> = const { Cell::new(0) };
 }
 
 impl Heap {
@@ -125,10 +135,11 @@ pub(crate) unsafe fn free(block: *mut u8) -> bool {
 /// Frees a block of another heap: adds it to this heap's chain, which is handed over when it is long or another slab's turn.
 #[inline(never)]
 unsafe fn free_elsewhere(slab: *mut Slab, granules: u16) {
-    let heap = own();
+    let heap = if has_none() && FREED.get() < FEW { ptr::null_mut() } else { own() };
     // SAFETY: the heap is this thread's; the block is the caller's.
     unsafe {
         if heap.is_null() {
+            FREED.set(FREED.get().saturating_add(1));
             hand_over(Slab::chain(slab, granules, Chain::NONE));
             return;
         }
@@ -406,12 +417,16 @@ pub(crate) fn trim() {
     }
 }
 
+fn has_none() -> bool {
+    HEAP.get() == (&raw const NOBODY.0).cast_mut()
+}
+
 /// This thread's heap; null when it can have none.
 fn own() -> *mut Heap {
-    let heap = HEAP.get();
-    if heap != (&raw const NOBODY.0).cast_mut() {
-        return heap;
+    if !has_none() {
+        return HEAP.get();
     }
+    large::greet();
     let heap = adopt();
     if !heap.is_null() {
         // First, so that whatever allocates in here finds a heap.
@@ -473,6 +488,7 @@ fn tell_at_the_end(heap: *mut Heap) {
 /// What allocates after this (other destructors of the thread) gets a heap again, and this is called again.
 unsafe extern "C" fn thread_ends(heap: *mut c_void) {
     HEAP.set((&raw const NOBODY.0).cast_mut());
+    FREED.set(0);
     // SAFETY: the heap was this thread's until now.
     unsafe {
         flush(heap.cast());

@@ -381,6 +381,13 @@ fn static_storage_for_threads_is_left_to_others() {
 }
 
 #[test]
+fn stacks_that_nobody_keeps() {
+    let program = compile("stacks.c", "stacks", &[]);
+    the_same(&program, &[], &[Mode::On, Mode::Heap], false);
+    the_same(&program, &[], &[Mode::Chaos(1), Mode::HeapChaos(2)], true);
+}
+
+#[test]
 fn constructors_of_linked_libraries_that_allocate() {
     compile("constructor.c", "libearly.so", &["-shared", "-fPIC"]);
     let folder = scratch().to_str().expect("a plain path");
