@@ -1,5 +1,6 @@
 // Threads that end in every way: return, pthread_exit, cancelled, detached, with TLS destructors that allocate, with
-// robust and plain locks held, on stacks of their own; C11 threads; and a main thread that leaves first.
+// robust and plain locks held, on stacks of their own; C11 threads; and a main thread that leaves first, so that the last
+// thread's end, after its destructors, is the program's.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <pthread.h>
@@ -26,7 +27,9 @@ static void *dies_with_lock(void *p) { pthread_mutex_lock(robust); return p; }
 static int c11(void *p) { return (int)(intptr_t)p * 2; }
 static int deep(int n) { volatile char f[4000]; f[0] = n; return n ? deep(n - 1) + (f[0] == (char)n) : 0; }
 static void *recurses(void *p) { return (void *)(intptr_t)deep((intptr_t)p); }
-static void *last(void *p) { usleep(30000); printf("the last thread: %d destroyed\n", destroyed); fflush(stdout); return p; }
+static pthread_key_t rounds;
+static void once_more(void *p) { printf("the last thread's destructor, round %d\n", (int)(intptr_t)p); fflush(stdout); if ((intptr_t)p < 3) pthread_setspecific(rounds, (char *)p + 1); }
+static void *last(void *p) { usleep(30000); printf("the last thread: %d destroyed\n", destroyed); fflush(stdout); pthread_setspecific(rounds, (void *)1L); return p; }
 
 int main(void) {
     pthread_key_create(&key, destroy);
@@ -89,6 +92,7 @@ int main(void) {
     pthread_getattr_np(pthread_self(), &now);
     pthread_attr_getstack(&now, &base, &size);
     printf("main stack %s, holds this %d\n", size >= (7u << 20) ? "large" : "SMALL", (char *)&size > (char *)base && (char *)&size < (char *)base + size);
+    pthread_key_create(&rounds, once_more);
     pthread_t t;
     pthread_create(&t, 0, last, 0);
     pthread_exit(0);
