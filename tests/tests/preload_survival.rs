@@ -177,6 +177,23 @@ fn threads_that_end_in_every_way() {
     the_same(&compile("threads.c", "threads", &[]), &[], ALL, true);
 }
 
+/// What the kernel writes to when a thread has ended cannot be waited for there: no device gets it, although asked to.
+#[test]
+fn what_the_kernel_writes_at_a_threads_end_is_home() {
+    let folder = libraries().to_str().expect("a plain path");
+    let (search, path) = (format!("-L{folder}"), format!("-Wl,-rpath,{folder}"));
+    let include = format!("-I{}", root().join("include").display());
+    let program = compile("blocks.c", "blocks", &[&include, &search, "-l:libusvm_preload.so", &path]);
+    let _alone = alone();
+    let output = run(command(&program, &[], Mode::Off));
+    let mut expected = String::new();
+    (0..4).for_each(|i| expected += &format!("thread {i}: 0 of its block away, 1 of its stack\n"));
+    expected += "main: 0 of its block away\nended 7 7\nended 7 7\nlocks: 1 of them away\n";
+    (0..3).for_each(|i| expected += &format!("lock {i}: its owner died\n"));
+    assert_eq!(told(&output), expected + "code 0", "{}", String::from_utf8_lossy(&output.stderr));
+    migrations();
+}
+
 #[test]
 fn mappings_under_the_programs_hands() {
     the_same(&compile("maps.c", "maps", &[]), &[], ALL, true);
