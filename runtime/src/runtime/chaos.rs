@@ -252,6 +252,71 @@ impl Dice {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::sim::{Profile, SimConfig, SimDevice};
+    use crate::host::Options;
+    use crate::host::features::Features;
+    use crate::observe::observer::Observer;
+    use crate::observe::stats::Counter;
+    use crate::policy;
+    use crate::space::mover::Mover;
+    use crate::space::{Space, SpaceConfig};
+    use std::sync::Arc;
+
+    /// What is counted was done: each kind has its effect on a range that is on the device, or on one beside it that is home.
+    #[test]
+    fn every_kind_has_its_effect() {
+        // Before the host: then the userfaultfd is closed when it goes.
+        let data = vec![7u8; 2 * SZ_2M as usize];
+        let block = Span::sized((data.as_ptr() as u64).next_multiple_of(SZ_2M), SZ_2M);
+        let there = Span::sized(block.start, SZ_64K);
+        let home = Span::sized(there.end, SZ_64K);
+        // No fork events, which would make a forking test wait for a reader.
+        let options = Options { forbid: Features::EVENT_FORK, prepared: 0, ..Options::default() };
+        let host = Arc::new(Host::open(&options).unwrap());
+        let device = SimDevice::new(SimConfig::of(Profile::GENERIC, 8 << 20)).unwrap();
+        let observer = Arc::new(Observer::new());
+        let policy = policy::by_name("gpusvm").unwrap();
+        let mover = Mover::new(host.clone(), vec![device], policy, observer.clone());
+        let svm = Svm::new(Space::new(SpaceConfig::default()).unwrap(), mover, SZ_64K);
+        let count = |counter| observer.stats.get(counter);
+        let mut prey = Prey::new(3);
+        (prey.spans, prey.bytes) = (vec![home], home.len());
+        let mut seen = [0; Kind::ALL.len()];
+        let tracks = host.report().has.contains(Features::WP_ASYNC);
+        for round in 0.. {
+            assert!(round < 5000, "{seen:?}");
+            if seen.iter().all(|count| *count >= 3) {
+                break;
+            }
+            svm.bring_home(block, Cause::User).unwrap();
+            let want = Want { chunk: Some(SZ_64K), ..Want::prefetch() };
+            svm.gpu_access(0, there.start, there.len(), want).unwrap();
+            let range = svm.space.find(there.start).unwrap();
+            let before = svm.residence(there);
+            if (range.span(), before.device) != (there, there.len()) {
+                // A page was busy for a moment.
+                continue;
+            }
+            prey.sent = VecDeque::from([there.start]);
+            let (evictions, invalidations) = (count(Counter::Evictions), count(Counter::Invalidations));
+            let Some(kind) = prey.disturb(&host, &svm, 1) else { continue };
+            let (is, beside) = (svm.residence(there), svm.residence(home));
+            let has_effect = match kind {
+                Kind::Send => beside.device > 0,
+                Kind::Share => beside.shared > 0 && beside.device == 0 || !tracks,
+                Kind::Return => is.device == 0 && is.strayed == 0,
+                Kind::Part => is.device == there.len() - SZ_4K,
+                Kind::Evict => is.device == 0 && count(Counter::Evictions) == evictions + 1,
+                Kind::Invalidate => is.device == there.len() && count(Counter::Invalidations) > invalidations,
+                Kind::Split => svm.collect_garbage().is_ok() && range.is_gone(),
+                Kind::Release => before.retained > 0 && is.retained == 0 && is.device == there.len(),
+            };
+            assert!(has_effect, "{kind:?} in round {round}: {before:?}, then {is:?}, beside it {beside:?}");
+            seen[kind as usize] += 1;
+        }
+        svm.close().unwrap();
+        assert!(data.iter().all(|byte| *byte == 7));
+    }
 
     #[test]
     fn the_same_seed_gives_the_same_numbers_and_all_of_them() {
