@@ -117,6 +117,19 @@ fn survive(host: &Arc<Host>, area: &Area, there: &PageMask, plan: impl Fn() -> P
     assert!(slots.iter().all(|s| host.present(s.span).is_empty()));
     slots.into_iter().for_each(|s| host.shadow_free(s));
     assert_eq!(host.shadow_stuck_bytes(), 0, "stuck slots are emptied with the next ones");
+    // The same of slots that are emptied later, and together.
+    let later: Vec<Shadow> = (0..3).map(|_| host.shadow_alloc(64 << 10).unwrap()).collect();
+    later.iter().for_each(|slot| fill_pages(slot.span, &mask(&[(0, 16)])));
+    plan_during(&plan, || {
+        later.into_iter().for_each(|slot| host.shadow_discard(slot));
+        host.empty_discarded();
+    });
+    let slots: Vec<Shadow> = (0..40).map(|_| host.shadow_alloc(64 << 10).unwrap()).collect();
+    assert!(
+        slots.iter().all(|s| host.present(s.span).is_empty()),
+        "a discarded slot was given out as it was"
+    );
+    slots.into_iter().for_each(|s| host.shadow_free(s));
     plan_during(&plan, || host.unregister(span));
     host.unregister(span);
     assert!(!host.is_registered(span));
