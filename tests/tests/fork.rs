@@ -48,6 +48,9 @@ fn both_sides(name: &'static str, raw: bool) {
                     scribble(&mut mine, 0x11 + round);
                     before && holds(&mine)
                 });
+                // Announced, all comes home before; not announced, the child gets copies and nothing moves.
+                let there = rt.residence(area.at, LEN).unwrap().device;
+                assert_eq!(there, if raw { LEN } else { 0 }, "round {round} huge {huge}");
                 scribble(&mut piece, 0x77 + round);
                 child.good("its parent's memory, and its own writes");
                 assert!(holds(&piece), "the parent does not see the child's writes");
