@@ -56,6 +56,7 @@ fn the_limit_of_mappings() {
         let rt = runtime(64 << 20);
         let count = 64;
         let (area, mut copy) = Area::filled(count * 2 * K64, false, &mut Rng::new(1));
+        let (apart, mut inside) = Area::filled(4 * M2, false, &mut Rng::new(2));
         // Alternating rights keep chunks at 64 KiB.
         (0..count).for_each(|i| protect(area.at + i * 2 * K64 + K64, K64, libc::PROT_READ));
         many_ranges(&rt, &area, &mut copy, 2, 1);
@@ -74,6 +75,12 @@ fn the_limit_of_mappings() {
         let there = |i: u64| rt.residence(part(i).0, K64).unwrap().device;
         assert_eq!([there(0), there(1)], [K64; 2], "they were registered before");
         assert!(map(None, K4, RW).is_err() || no_more_mappings(), "the limit is reached");
+        // A range inside a mapping can only be registered by dividing it: it is reached over the link.
+        let middle = (apart.at + M2, M2 as usize..(M2 + K64) as usize);
+        device_xor(&rt, middle.0, K64, 9).unwrap();
+        xor(&mut inside.bytes[middle.1], 9);
+        assert_eq!(rt.residence(apart.at, apart.len).unwrap().device, 0, "there was a mapping to spare");
+        same(&cpu_read(apart.at, apart.len), &inside.bytes, "over the link at the limit");
         same(&cpu_read(part(0).0, K64), &copy.bytes[part(0).1], "read at the limit");
         rt.evict(part(1).0, K64).unwrap();
         same(&cpu_read(part(1).0, K64), &copy.bytes[part(1).1], "evicted at the limit");
@@ -87,6 +94,9 @@ fn the_limit_of_mappings() {
         copy.bytes[part(0).1].fill(0);
         same(&cpu_read(copy.at, copy.len()), &copy.bytes, "all ranges at the limit");
         unmap(at, len);
+        rt.prefetch(middle.0, K64, Location::Device(0)).wait(None).unwrap();
+        assert!(rt.residence(apart.at, apart.len).unwrap().device >= K64, "with room again it moves");
+        inside.check(&rt, "after the limit");
         // Room again: what was reached over the link may move from now on.
         (0..count).for_each(|i| advise(area.at + i * 2 * K64, K64, libc::MADV_DONTNEED).unwrap());
         (0..count).for_each(|i| {
