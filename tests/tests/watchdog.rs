@@ -260,6 +260,35 @@ fn a_lost_device_and_a_shutdown_before_anyone_looks() {
     only_read.check(3);
 }
 
+/// What comes home with it in one request does so, and the loss is told by that request.
+#[test]
+fn a_lost_device_keeps_nothing_else_from_coming_home() {
+    if !is_child("a_lost_device_keeps_nothing_else_from_coming_home") {
+        return;
+    }
+    let _alone = alone("lost device, eviction", 40);
+    let runtime = runtime(Config::default(), &[16 << 20, 16 << 20]);
+    let mem = Mem::filled(2 * M2, 1);
+    let at = mem.at;
+    for (device, seed) in [(0u32, 2), (1, 3)] {
+        let (from, first) = (at + u64::from(device) * M2, u64::from(device) * M2 / 8);
+        runtime.launch(device, move |gpu| gpu_fill(gpu, from, M2, first, seed)).wait(None).unwrap();
+        assert_eq!(runtime.residence(from, M2).unwrap().device, M2);
+    }
+    runtime.device(0).unwrap().lose("pulled out");
+    assert!(matches!(runtime.evict(at, mem.len), Err(Error::DeviceLost { .. })));
+    assert_eq!(
+        runtime.residence(at + M2, M2).unwrap().device,
+        0,
+        "it waits on the device behind what is lost"
+    );
+    mem.check_words(M2, M2, |i| value(3, i));
+    assert!(load_gets_sigbus(at));
+    runtime.shutdown();
+    mem.check_words(M2, M2, |i| value(3, i));
+    assert!(load_gets_sigbus(at + M2 - 8));
+}
+
 /// Makes every fault wait until it is told.
 #[derive(Debug)]
 struct Slow {
