@@ -401,6 +401,13 @@ fn static_storage_for_threads_is_left_to_others() {
     let library = library.to_str().expect("a plain path");
     the_same(&program, &[library], ALL, true);
     the_same(&program, &[library], HEAPS, true);
+    // Opened late itself, as a layer of OpenCL is, usvm's library takes of the same room.
+    let _alone = alone();
+    let preload = libraries().join("libusvm_preload.so");
+    let preload = preload.to_str().expect("a plain path");
+    let expected = told(&run(command(&program, &[library], Mode::Off)));
+    let output = run(command(&program, &[preload, library], Mode::Off));
+    assert_eq!(told(&output), expected, "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 #[test]

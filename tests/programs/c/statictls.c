@@ -1,5 +1,6 @@
 // Compiled with -DLIBRARY and -ftls-model=initial-exec: a library whose thread-local storage must be static. Otherwise the
-// program that opens it late, argv[1], when other libraries have had their share, and uses it from several threads.
+// program that opens it late, the last argument, when other libraries have had their share (those before it are opened
+// first), and uses it from several threads.
 #include <stdint.h>
 #ifdef LIBRARY
 static __thread uint32_t local[120] = {7};
@@ -21,10 +22,12 @@ static void *ask(void *p) {
     return (void *)s;
 }
 int main(int argc, char **argv) {
-    (void)argc;
     pthread_t t[4];
-    void *lib = dlopen(argv[1], RTLD_NOW);
-    if (!lib) { puts(dlerror()); return 1; }
+    void *lib = 0;
+    for (int i = 1; i < argc; i++) {
+        lib = dlopen(argv[i], RTLD_NOW);
+        if (!lib) { puts(dlerror()); return 1; }
+    }
     answer = (uint32_t (*)(uint32_t))dlsym(lib, "answer");
     for (uintptr_t i = 0; i < 4; i++) pthread_create(&t[i], 0, ask, (void *)i);
     for (int i = 0; i < 4; i++) { void *r; pthread_join(t[i], &r); printf("%lx\n", (unsigned long)(uintptr_t)r); }
