@@ -140,9 +140,12 @@ fn others() -> Vec<libc::pid_t> {
     let Ok(tasks) = fs::read_dir("/proc/self/task") else { return Vec::new() };
     let ids = tasks.flatten().filter_map(|task| task.file_name().to_str()?.parse().ok());
     let is_foreign = |id: &libc::pid_t| {
-        // One that has ended meanwhile has no name.
-        *id != own
-            && fs::read(format!("/proc/self/task/{id}/comm")).is_ok_and(|name| !name.starts_with(b"usvm-"))
+        // "id (name) state …". The first thread stays as a zombie when it has ended before the others; another has no file then.
+        let Ok(stat) = fs::read(format!("/proc/self/task/{id}/stat")) else { return false };
+        let end = stat.iter().rposition(|byte| *byte == b')').unwrap_or(stat.len());
+        let ended = matches!(stat.get(end + 2), Some(b'Z' | b'X') | None);
+        let ours = stat.split(|byte| *byte == b'(').nth(1).is_some_and(|name| name.starts_with(b"usvm-"));
+        *id != own && !ended && !ours
     };
     ids.filter(is_foreign).collect()
 }
