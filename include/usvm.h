@@ -191,7 +191,11 @@ USVM_API void *usvm_calloc(size_t count, size_t size) USVM_MALLOC_LIKE(1, 2);
 USVM_API void *usvm_realloc(void *ptr, size_t size) USVM_MUST_USE;
 /** alignment is a power of two; size need not be a multiple of it. */
 USVM_API void *usvm_aligned_alloc(size_t alignment, size_t size) USVM_MALLOC_LIKE(2);
-/** Frees what the functions above gave; NULL is nothing. */
+/**
+ * Frees what the functions above gave; NULL is nothing. Memory that these functions did not give is left alone, and
+ * usvm_last_error tells (so it is with usvm_realloc, NULL and EINVAL, and usvm_usable_size, 0). What was freed already or
+ * points into a block is not told apart: as with free().
+ */
 USVM_API void usvm_free(void *ptr);
 /** Bytes that may be used at ptr, at least what was asked for; 0 for NULL. */
 USVM_API size_t usvm_usable_size(const void *ptr);
@@ -219,14 +223,14 @@ typedef enum usvm_advice {
     USVM_ADVICE_UNSET_READ_MOSTLY = 2,
     USVM_ADVICE_SET_PREFERRED_LOCATION = 3, /**< where it should live: host or device */
     USVM_ADVICE_UNSET_PREFERRED_LOCATION = 4,
-    USVM_ADVICE_SET_ACCESSED_BY = 5,        /**< that device will use it wherever it lives; location is a device */
+    USVM_ADVICE_SET_ACCESSED_BY = 5,        /**< that device will use it wherever it lives, and does not draw it to itself */
     USVM_ADVICE_UNSET_ACCESSED_BY = 6,
     USVM_ADVICE_WILL_NEED = 7,              /**< will be used at location soon: goes there in the background */
     USVM_ADVICE_DONT_NEED = 8,              /**< not used soon: leaves device memory in the background; keeps contents */
     USVM_ADVICE_FORCE_32 = 0x7fffffff
 } usvm_advice_t;
 
-/** Advises about [ptr, ptr + len). location is looked at by the SET_..._LOCATION, SET_ACCESSED_BY and WILL_NEED. */
+/** Advises about [ptr, ptr + len). The policy "adaptive" follows advice, the others do not. location is looked at by the SET_..._LOCATION, SET_ACCESSED_BY and WILL_NEED. */
 USVM_API usvm_result_t usvm_advise(usvm_space_t space, const void *ptr, size_t len, usvm_advice_t advice,
                                    usvm_location_t location);
 

@@ -18,7 +18,7 @@ use std::ffi::c_void;
 use std::ptr::null_mut;
 
 use usvm_alloc::changed;
-use usvm_capi::heap_error::{ALIGNMENT, DROPPED, MOVED, NO_MEMORY, TOO_MANY};
+use usvm_capi::heap_error::{ALIGNMENT, DROPPED, FOREIGN, MOVED, NO_MEMORY, TOO_MANY};
 
 unsafe extern "C" {
     // By its C name, because the preload library may have it (see `usvm_capi::heap_error`).
@@ -41,6 +41,11 @@ fn settled<T>(result: T) -> T {
         }
     }
     result
+}
+
+/// Whether the heap has nothing to do with `ptr`. A comparison for its own blocks.
+fn is_foreign(ptr: *const c_void) -> bool {
+    !ptr.is_null() && !usvm_alloc::owns(ptr)
 }
 
 fn fail(what: u32, first: usize, second: usize) -> *mut c_void {
@@ -78,6 +83,9 @@ pub extern "C" fn usvm_calloc(count: usize, size: usize) -> *mut c_void {
 /// `ptr` is NULL or came from these functions and was not freed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn usvm_realloc(ptr: *mut c_void, size: usize) -> *mut c_void {
+    if is_foreign(ptr) {
+        return fail(FOREIGN, ptr.addr(), 0);
+    }
     // SAFETY: the caller's.
     whole(size, |size| unsafe { usvm_alloc::realloc(ptr, size) })
 }
@@ -98,6 +106,10 @@ pub extern "C" fn usvm_aligned_alloc(alignment: usize, size: usize) -> *mut c_vo
 /// `ptr` is NULL or came from these functions and was not freed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn usvm_free(ptr: *mut c_void) {
+    if is_foreign(ptr) {
+        fail(FOREIGN, ptr.addr(), 0);
+        return;
+    }
     // SAFETY: the caller's.
     unsafe { usvm_alloc::free(ptr) };
     settled(());
@@ -110,6 +122,10 @@ pub unsafe extern "C" fn usvm_free(ptr: *mut c_void) {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn usvm_usable_size(ptr: *const c_void) -> usize {
     if ptr.is_null() {
+        return 0;
+    }
+    if is_foreign(ptr) {
+        fail(FOREIGN, ptr.addr(), 0);
         return 0;
     }
     // SAFETY: the caller's.

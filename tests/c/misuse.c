@@ -390,6 +390,18 @@ static void heap(void) {
     CHECK(usvm_calloc(half, 3) == NULL && errno == ENOMEM && strncmp(last_message(), "count", 5) == 0);
     CHECK(usvm_calloc(half, 2) == NULL);
     CHECK(usvm_aligned_alloc(4096, huge) == NULL);
+    int on_stack[100];
+    void *others[] = {on_stack, malloc(100), (void *)(uintptr_t)0x123450, (void *)(uintptr_t)heap};
+    for (size_t i = 0; i < sizeof others / sizeof *others; i++) {
+        errno = 0;
+        CHECK(usvm_realloc(others[i], 10) == NULL && errno == EINVAL && strncmp(last_message(), "ptr", 3) == 0);
+        errno = 0;
+        CHECK(usvm_usable_size(others[i]) == 0 && errno == EINVAL);
+        errno = 0;
+        usvm_free(others[i]);
+        CHECK(errno == EINVAL && strncmp(last_message(), "ptr", 3) == 0);
+    }
+    free(others[1]);
     CHECK(usvm_aligned_alloc((size_t)1 << 63, 8) == NULL);
     char *block = usvm_malloc(100);
     CHECK(block != NULL);

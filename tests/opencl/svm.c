@@ -86,6 +86,8 @@ static void plain(cl_kernel scale) {
     uint32_t *x = malloc(N * 4), on_stack[64];
     for (uint32_t n = 0; n < N; n++) x[n] = n;
     for (uint32_t n = 0; n < 64; n++) on_stack[n] = n;
+    cl_bool system = CL_TRUE;
+    OK(clSetKernelExecInfo(scale, CL_KERNEL_EXEC_INFO_SVM_FINE_GRAIN_SYSTEM, sizeof system, &system));
     OK(clSetKernelArgSVMPointer(scale, 0, x));
     run(scale, N, NULL);
     OK(clFinish(queue));

@@ -104,7 +104,8 @@ fn hints_go_where_they_say() {
         assert_eq!(ran.out, "hints: verified\n");
         ran.count("cpu_faults")
     };
-    for (there, back) in [("u", "um"), ("d", "dh"), ("um", "umu"), ("dh", "dhd")] {
+    let pairs = [("u", "um"), ("d", "dh"), ("D", "DH"), ("um", "umu"), ("dh", "dhd"), ("DH", "DHD")];
+    for (there, back) in pairs {
         let (first, second) = (faults(there), faults(back));
         let (away, home) = if there.len() == 1 { (first, second) } else { (second, first) };
         // 8 MiB are four ranges; the program has other memory that may be in one of them.

@@ -22,6 +22,8 @@ pub const NO_MEMORY: u32 = 0;
 pub const TOO_MANY: u32 = 1;
 /// An alignment that is no power of two.
 pub const ALIGNMENT: u32 = 2;
+/// A pointer that is no block of the heap's.
+pub const FOREIGN: u32 = 3;
 
 /// The heap gave pages back to the system.
 pub const DROPPED: u32 = 0;
@@ -33,6 +35,10 @@ fn failure(what: u32, first: usize, second: usize) -> (Failure, c_int) {
     match what {
         ALIGNMENT => {
             let message = format_args!("alignment: {first} is not a power of two");
+            (Failure::new(USVM_ERROR_INVALID_ARGUMENT, message), libc::EINVAL)
+        }
+        FOREIGN => {
+            let message = format_args!("ptr: {first:#x} is not memory of usvm_malloc and its like");
             (Failure::new(USVM_ERROR_INVALID_ARGUMENT, message), libc::EINVAL)
         }
         TOO_MANY => short(format_args!("count: {first} times {second} bytes is more than there can be")),

@@ -366,7 +366,9 @@ fn fix(feature: Features) -> String {
              (or: sudo sysctl vm.unprivileged_userfaultfd=1)"
             .to_owned(),
         Features::EVENT_FORK => {
-            "fork is seen by pthread_atfork only; for the event too: sudo setcap cap_sys_ptrace+ep <program>"
+            "fork is seen by pthread_atfork only; for the event too run it with CAP_SYS_PTRACE: \
+             sudo capsh --caps=\"cap_sys_ptrace+eip cap_setpcap,cap_setuid,cap_setgid+ep\" --keep=1 --user=$USER \
+             --addamb=cap_sys_ptrace -- -c '<command>'"
                 .to_owned()
         }
         _ => format!("needs Linux {since} or newer; usvm falls back, slower"),

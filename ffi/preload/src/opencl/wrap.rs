@@ -319,12 +319,28 @@ unsafe extern "C" fn set_kernel_exec_info<const N: usize>(
         return unsafe { provided_exec_info(driver, kernel, context, name, size, value) };
     }
     let result = own!(N, clSetKernelExecInfo(kernel, name, size, value), INVALID_OPERATION);
+    // A driver refuses what it does not know that its devices can.
+    if result == INVALID_OPERATION
+        && name == KERNEL_EXEC_INFO_SVM_FINE_GRAIN_SYSTEM
+        && all_reach_everything(driver, kernel)
+    {
+        return if size == size_of::<Uint>() && !value.is_null() { SUCCESS } else { INVALID_VALUE };
+    }
     if result == SUCCESS && (ours || name == KERNEL_EXEC_INFO_SVM_PTRS) {
         let context = info::<usize>(driver.clGetKernelInfo, kernel, KERNEL_CONTEXT).unwrap_or(0);
         // SAFETY: the driver has accepted it.
         unsafe { note_exec_info(kernel, context, name, size, value) };
     }
     result
+}
+
+/// Whether all devices of the kernel's context reach all memory of the process.
+fn all_reach_everything(driver: &Dispatch, kernel: Handle) -> bool {
+    let Ok(context) = info::<usize>(driver.clGetKernelInfo, kernel, KERNEL_CONTEXT) else { return false };
+    let devices = list::<usize>(driver.clGetContextInfo, context as Handle, CONTEXT_DEVICES);
+    devices.is_ok_and(|all| {
+        !all.is_empty() && all.iter().all(|d| Device::query(driver, *d as Handle).reaches_all())
+    })
 }
 
 /// The context of a kernel on whose devices usvm provides USM.
