@@ -19,7 +19,8 @@
  *  - Any thread may call any function at any time, also from inside a notifier's callback. Not from signal handlers.
  *  - Functions that return usvm_result_t give USVM_SUCCESS (0) or say why not; usvm_last_error() then has a message that
  *    begins with the name of the argument that was wrong. Outputs are written on success only.
- *  - Pointers are checked: NULL, unreadable and unwritable ones are errors, not crashes.
+ *  - Pointers are checked: NULL, unreadable and unwritable ones are errors, not crashes (but for NULL only where a seccomp
+ *    filter forbids process_vm_readv).
  *  - Handles (device, space, fence, notifier) are numbers in the shape of pointers, checked at each use: one that was
  *    destroyed, or that belongs to another kind or to the time before usvm_shutdown, is USVM_ERROR_INVALID_HANDLE.
  *    Between usvm_shutdown and the next usvm_init everything that needs usvm is USVM_ERROR_NOT_RUNNING.
@@ -352,8 +353,9 @@ typedef struct usvm_notifier *usvm_notifier_t;
  *    calling thread, before the change, so before the call returns. For this libusvm must come before the C library in
  *    the search for symbols: link with it, or preload it; dlopen is not enough. Under `usvm run` the preload library
  *    does the same.
- *  - What the C library unmaps inside itself (free of a large block, a thread's stack) and direct system calls are seen
- *    only where a device used the memory, and told right after, on a thread of usvm.
+ *  - What the C library unmaps inside itself (free of a large block, a thread's stack), brk, sbrk, shmdt and direct system
+ *    calls are seen only where a device used the memory, and told right after, on a thread of usvm. pkey_mprotect is not
+ *    seen: call mprotect.
  *  - usvm_free by itself changes nothing. When usvm's allocator gives pages back to the system, at once or some seconds
  *    later, or usvm_realloc moves those of a large block, that is told as DISCARD or REMAP after it was done, on a thread
  *    of usvm, and before the function of the allocator in which it happened returns.
