@@ -126,6 +126,26 @@ fn fork_while_threads_use_the_device() {
     });
 }
 
+/// Each fork ends the stillness that it began, also where several threads fork at one time.
+#[test]
+fn threads_that_fork_together_leave_devices_at_work() {
+    isolated("threads_that_fork_together_leave_devices_at_work", || {
+        let rt = runtime(64 << 20);
+        let (area, mut piece) = Area::filled(LEN, false, &mut Rng::new(41));
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| (0..40).for_each(|_| fork_child(false, || true).good("one of many")));
+            }
+        });
+        let begun = Instant::now();
+        piece.change(&rt, "afterwards");
+        assert!(begun.elapsed() < PIN_PATIENCE, "devices are held still");
+        piece.check(&rt, "afterwards");
+        drop(area);
+        rt.shutdown();
+    });
+}
+
 /// The kernel tells of a child by a descriptor, for which usvm keeps a number.
 #[test]
 fn a_fork_when_no_descriptor_is_free() {

@@ -39,6 +39,7 @@ mod protect;
 mod publish;
 mod watchdog;
 
+use std::cell::Cell;
 use std::fmt;
 use std::io::Write as _;
 use std::ptr;
@@ -568,8 +569,10 @@ fn with_current(f: impl FnOnce(&Inner)) {
     }
 }
 
-/// The runtime that the thread which forks has frozen. The C library lets one thread fork at a time.
-static FROZEN: AtomicPtr<Inner> = AtomicPtr::new(ptr::null_mut());
+thread_local! {
+    /// The runtime that this thread, which forks, has frozen. Several may: since glibc 2.36 handlers of two forks can overlap.
+    static FROZEN: Cell<*const Inner> = const { Cell::new(ptr::null()) };
+}
 
 /// How long a frozen runtime waits for running work.
 const LAST_PATIENCE: Duration = Duration::from_millis(100);
@@ -577,7 +580,7 @@ const LAST_PATIENCE: Duration = Duration::from_millis(100);
 fn before_fork() {
     with_current(|inner| {
         if inner.is_running() && !alloc::is_service_thread() {
-            FROZEN.store(ptr::from_ref(inner).cast_mut(), Ordering::SeqCst);
+            FROZEN.set(inner);
             let svm = inner.svm.clone();
             // What running work holds is given to the child where the kernel tells of it; otherwise the fork waits.
             let given = inner.host.report().has.contains(Features::EVENT_FORK);
@@ -601,7 +604,7 @@ fn before_fork() {
 fn after_fork() {
     with_current(|inner| {
         // One that another thread has started since was not frozen.
-        let frozen = FROZEN.swap(ptr::null_mut(), Ordering::SeqCst);
+        let frozen = FROZEN.replace(ptr::null());
         if ptr::eq(frozen, inner) && inner.is_running() {
             let svm = inner.svm.clone();
             // Not in line behind requests that wait for just this.
@@ -625,6 +628,7 @@ fn in_child() {
     if had_one {
         // The parent's record is left as it is: its locks may be held by threads that do not exist here.
         CURRENT.store(ptr::null_mut(), Ordering::Release);
+        FROZEN.set(ptr::null());
         protect::forget_lookers();
         alloc::renew_after_fork();
         // SAFETY: a handler of fork, in the child: no other thread exists, and this one holds none of these locks.
