@@ -277,8 +277,12 @@ impl Maps {
     fn open() -> Option<Self> {
         // SAFETY: opens a file of the kernel's; the descriptor is this value's own.
         unsafe {
-            let maps =
-                libc::syscall(libc::SYS_openat, libc::AT_FDCWD, c"/proc/self/maps".as_ptr(), libc::O_CLOEXEC);
+            let maps = libc::syscall(
+                libc::SYS_openat,
+                libc::AT_FDCWD,
+                c"/proc/thread-self/maps".as_ptr(),
+                libc::O_CLOEXEC,
+            );
             (maps >= 0).then(|| Self(OwnedFd::from_raw_fd(maps as libc::c_int)))
         }
     }

@@ -179,6 +179,11 @@ fn threads_that_end_in_every_way() {
 
 /// What the kernel writes to when a thread has ended cannot be waited for there: no device gets it, although asked to.
 #[test]
+fn children_whose_last_thread_leaves() {
+    the_same(&compile("lasts.c", "lasts", &[]), &[], ALL, true);
+}
+
+#[test]
 fn what_the_kernel_writes_at_a_threads_end_is_home() {
     let folder = libraries().to_str().expect("a plain path");
     let (search, path) = (format!("-L{folder}"), format!("-Wl,-rpath,{folder}"));

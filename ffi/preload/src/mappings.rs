@@ -13,7 +13,7 @@
 //!
 //! # Limits
 //! While a mapping is moved piece by piece, another thread can see a part at each place, as it could in the middle of the
-//! program's own two calls. /proc/self/maps shows the pieces.
+//! program's own two calls. /proc/thread-self/maps shows the pieces.
 //!
 //! # Safety
 //! The arguments are the program's; a piecewise mremap moves exactly what one call was to move, into address space
@@ -42,7 +42,7 @@ pub(crate) fn look_up() {
     GETATTR.look_up();
 }
 
-/// One line of /proc/self/maps, as far as it matters here.
+/// One line of /proc/thread-self/maps, as far as it matters here.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Mapping {
     start: usize,
@@ -52,7 +52,7 @@ struct Mapping {
 }
 
 fn mappings() -> Vec<Mapping> {
-    let text = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let text = std::fs::read_to_string("/proc/thread-self/maps").unwrap_or_default();
     text.lines().filter_map(parse).collect()
 }
 

@@ -201,8 +201,10 @@ fn start_chaos() {
         true => Some("the seccomp filter of this process kills it for userfaultfd".to_owned()),
         false => process::acquire(None).err().map(|e| e.to_string()),
     };
-    if let Some(why) = failed {
-        say(&format!("no chaos in process {}: {why}", std::process::id()));
+    match failed {
+        Some(why) => say(&format!("no chaos in process {}: {why}", std::process::id())),
+        // In a child it starts beside the program, which may have come to its end.
+        None => threads::started_for_nobody(),
     }
 }
 
@@ -267,7 +269,7 @@ extern "C" fn destruct() {
 
 /// Whether a seccomp filter ends the process for what a runtime needs. A filter that answers with an error does not.
 fn is_forbidden() -> bool {
-    let filtered = std::fs::read_to_string("/proc/self/status")
+    let filtered = std::fs::read_to_string("/proc/thread-self/status")
         .is_ok_and(|status| status.lines().any(|line| line == "Seccomp:\t2"));
     filtered && !child_survives()
 }

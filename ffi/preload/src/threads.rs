@@ -28,7 +28,7 @@
 
 use std::ffi::{c_int, c_void};
 use std::fs;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
 use std::time::Duration;
 
 use usvm::Runtime;
@@ -87,7 +87,7 @@ pub(crate) fn count_first() {
 
 /// Whether no thread of the program lives any more.
 pub(crate) fn all_ended() -> bool {
-    KEY.load(Ordering::Relaxed) != 0 && LIVING.load(Ordering::Acquire) == 0
+    KEY.load(Ordering::Relaxed) != 0 && LIVING.load(Ordering::SeqCst) == 0
 }
 
 fn tell_my_end(round: usize) {
@@ -103,14 +103,28 @@ unsafe extern "C" fn ending(round: *mut c_void) {
         return tell_my_end(round.addr() + 1);
     }
     keep_robust_locks();
-    if LIVING.fetch_sub(1, Ordering::AcqRel) == 1 && start::is_owner() {
+    if LIVING.fetch_sub(1, Ordering::SeqCst) == 1 {
+        // A runtime that starts just now is not seen here, and then sees that all have ended.
+        fence(Ordering::SeqCst);
+        if start::is_owner() {
+            end_with_the_others();
+        }
+    }
+}
+
+/// A thread of usvm's own has started a runtime: ends the process if the program's threads have ended meanwhile.
+pub(crate) fn started_for_nobody() {
+    fence(Ordering::SeqCst);
+    if all_ended() {
         end_with_the_others();
     }
 }
 
-/// The last thread that was counted ends: ends the process when no other of the program lives.
+/// Whether somebody ends the process already, or waits until he may.
+static WAITING: AtomicBool = AtomicBool::new(false);
+
+/// No counted thread lives any more: ends the process when no other of the program lives.
 fn end_with_the_others() {
-    static WAITING: AtomicBool = AtomicBool::new(false);
     const SOONEST: Duration = Duration::from_millis(5);
     const LATEST: Duration = Duration::from_millis(500);
     extern "C" fn wait(_: *mut c_void) -> *mut c_void {
@@ -124,13 +138,14 @@ fn end_with_the_others() {
         // SAFETY: as below.
         unsafe { libc::exit(0) }
     }
+    if WAITING.swap(true, Ordering::Relaxed) {
+        return;
+    }
     if alloc::internal(|| others().is_empty()) {
         // SAFETY: what the C library does when the last thread has ended.
         unsafe { libc::exit(0) };
     }
-    if !WAITING.swap(true, Ordering::Relaxed) {
-        start::detached(wait, std::ptr::null_mut());
-    }
+    start::detached(wait, std::ptr::null_mut());
 }
 
 /// The process's threads that are neither this one nor usvm's own, by their kernel ids. None where the kernel does not tell.
@@ -297,6 +312,7 @@ pub(crate) fn forget_in_child() {
         place.kept_by.store(0, Ordering::Relaxed);
     }
     LIVING.store(1, Ordering::Relaxed);
+    WAITING.store(false, Ordering::Relaxed);
     tell_my_end(1);
     note_current();
 }

@@ -204,8 +204,8 @@ impl Group {
 
 /// The memory cgroups around this process, innermost first.
 fn groups(root: &Path) -> Option<Vec<(PathBuf, &'static Files)>> {
-    let membership = read(&root.join("proc/self/cgroup"))?;
-    let mounts = read(&root.join("proc/self/mountinfo"))?;
+    let membership = read(&root.join("proc/thread-self/cgroup"))?;
+    let mounts = read(&root.join("proc/thread-self/mountinfo"))?;
     let mut found = Vec::new();
     for line in membership.lines() {
         let mut fields = line.splitn(3, ':');
@@ -293,8 +293,11 @@ mod tests {
             "v2",
             &[
                 MEMINFO,
-                ("proc/self/cgroup", "0::/a/b\n"),
-                ("proc/self/mountinfo", "30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw,nsdelegate\n"),
+                ("proc/thread-self/cgroup", "0::/a/b\n"),
+                (
+                    "proc/thread-self/mountinfo",
+                    "30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw,nsdelegate\n",
+                ),
                 ("sys/fs/cgroup/a/memory.max", "1610612736\n"),
                 ("sys/fs/cgroup/a/memory.current", "1468006400\n"),
                 ("sys/fs/cgroup/a/memory.stat", "anon 7\ninactive_file 10485760\n"),
@@ -318,9 +321,9 @@ mod tests {
             "v1",
             &[
                 MEMINFO,
-                ("proc/self/cgroup", "5:cpu,cpuacct:/x\n4:memory:/docker/77\n0::/\n"),
+                ("proc/thread-self/cgroup", "5:cpu,cpuacct:/x\n4:memory:/docker/77\n0::/\n"),
                 (
-                    "proc/self/mountinfo",
+                    "proc/thread-self/mountinfo",
                     "35 30 0:30 /docker/77 /sys/fs/cgroup/memory ro - cgroup cgroup rw,memory\n",
                 ),
                 ("sys/fs/cgroup/memory/memory.limit_in_bytes", "1073741824\n"),

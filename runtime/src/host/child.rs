@@ -15,7 +15,7 @@
 //! None. The caller holds the lock of the range whose shadow it gives.
 //!
 //! # Limits
-//! A child of the child that is forked before this is done gets nothing. Only /proc/self/smaps tells which mappings a fork
+//! A child of the child that is forked before this is done gets nothing. Only /proc/thread-self/smaps tells which mappings a fork
 //! wipes; it is read once for each child, and only if there is anything to fill.
 
 use rustix::fd::AsFd;
@@ -174,14 +174,14 @@ fn wiped() -> Vec<Change> {
     match read_wiped() {
         Ok(changes) => changes,
         Err(errno) => {
-            tracing::warn!(%errno, "/proc/self/smaps: a forked child may get what MADV_WIPEONFORK should keep from it");
+            tracing::warn!(%errno, "/proc/thread-self/smaps: a forked child may get what MADV_WIPEONFORK should keep from it");
             Vec::new()
         }
     }
 }
 
 fn read_wiped() -> sys::Result<Vec<Change>> {
-    let file = sys::open("/proc/self/smaps", OFlags::RDONLY)?;
+    let file = sys::open("/proc/thread-self/smaps", OFlags::RDONLY)?;
     let (mut buf, mut found, mut mapping) = (Vec::new(), Vec::new(), None);
     loop {
         let kept = buf.len();

@@ -117,7 +117,7 @@ pub fn exempt_own_objects() -> Vec<Span> {
 /// (`ps`), and no fault of theirs is served.
 pub fn exempt_arguments() -> Option<Span> {
     crate::ground::inject::check(crate::ground::inject::Call::Open).ok()?;
-    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    let stat = std::fs::read_to_string("/proc/thread-self/stat").ok()?;
     // Fields 28 and 51, counted from the state, the first after the name in parentheses.
     let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split_ascii_whitespace().collect();
     let field = |number: usize| fields.get(number - 3)?.parse::<u64>().ok();

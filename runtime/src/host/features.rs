@@ -385,7 +385,8 @@ mod tests {
     use super::*;
 
     fn probe(options: Options) -> Report {
-        let (pagemap, maps) = ["/proc/self/pagemap", "/proc/self/maps"].map(|p| proc_file(p).unwrap()).into();
+        let (pagemap, maps) =
+            ["/proc/thread-self/pagemap", "/proc/thread-self/maps"].map(|p| proc_file(p).unwrap()).into();
         open(&options, pagemap.as_fd(), maps.as_fd()).unwrap().1
     }
 

@@ -106,7 +106,7 @@ pub struct Host {
     pool: Pool,
     shadow: ShadowArea,
     own_remaps: Mutex<Vec<(u64, u64)>>,
-    /// /proc/self/mem.
+    /// /proc/thread-self/mem.
     memory: Option<Kept>,
     budget: Budget,
     stats: HostStats,
@@ -118,8 +118,8 @@ impl Host {
     /// # Errors
     /// [`Error::Os`] where no way works, naming the last errno.
     pub fn open(options: &Options) -> Result<Self> {
-        let pagemap = features::proc_file("/proc/self/pagemap")?;
-        let maps = features::proc_file("/proc/self/maps")?;
+        let pagemap = features::proc_file("/proc/thread-self/pagemap")?;
+        let maps = features::proc_file("/proc/thread-self/maps")?;
         let (uffd, report) = features::open(options, pagemap.as_fd(), maps.as_fd())?;
         let by_move = report.has.contains(Features::MOVE);
         let filled = if by_move { Filled::ByMove } else { Filled::ByRemap };
@@ -132,7 +132,7 @@ impl Host {
             shadow: ShadowArea::new(filled, options.arena_max),
             own_remaps: Mutex::default(),
             // Without it, memory that is mostly read moves to the device where it could have been copied.
-            memory: features::proc_file("/proc/self/mem").ok().map(Kept::new),
+            memory: features::proc_file("/proc/thread-self/mem").ok().map(Kept::new),
             budget: Budget::new(),
             stats: HostStats::default(),
             report,
@@ -564,12 +564,12 @@ impl HostMemory for Host {
 
     fn read_home(&self, from: u64, to: &mut [u8]) -> Result<usize> {
         let Some(memory) = &self.memory else {
-            return Err(Error::NotSupported("reading /proc/self/mem".into()));
+            return Err(Error::NotSupported("reading /proc/thread-self/mem".into()));
         };
         match sys::memory_read(memory.as_fd(), from, to) {
             Ok(0) | Err(Errno(libc::EIO | libc::EFAULT)) => Err(Error::Gone { addr: from }),
             Ok(read) => Ok(read),
-            Err(errno) => Err(Error::os("reading /proc/self/mem", errno)),
+            Err(errno) => Err(Error::os("reading /proc/thread-self/mem", errno)),
         }
     }
 

@@ -1,8 +1,8 @@
 //! Which pages are there, huge, registered, or written.
 //!
 //! # Overview
-//! One PAGEMAP_SCAN answers each question for a span of at most 2 MiB; where the kernel lacks it, /proc/self/pagemap
-//! and /proc/self/smaps answer slower.
+//! One PAGEMAP_SCAN answers each question for a span of at most 2 MiB; where the kernel lacks it, /proc/thread-self/pagemap
+//! and /proc/thread-self/smaps answer slower.
 //!
 //! What counts as present: pages in memory or in swap, zero pages included ([`super::flip`] moves these too). A guard
 //! region (MADV_GUARD_INSTALL) is a hole. A mere write-protect marker cannot be told from a swapped page until
@@ -33,7 +33,7 @@ const GUARD: u64 = uapi::PAGE_IS_GUARD as u64;
 
 const EMPTY_REGION: uapi::page_region = uapi::page_region { start: 0, end: 0, categories: 0 };
 
-/// Bits of a word of /proc/self/pagemap.
+/// Bits of a word of /proc/thread-self/pagemap.
 mod word {
     pub(super) const PRESENT: u64 = 1 << 63;
     pub(super) const SWAPPED: u64 = 1 << 62;
@@ -262,11 +262,11 @@ impl Pagemap {
     }
 }
 
-/// The parts of `span` whose mappings have the flag of a userfaultfd registration, ascending, by /proc/self/smaps: slow
+/// The parts of `span` whose mappings have the flag of a userfaultfd registration, ascending, by /proc/thread-self/smaps: slow
 /// (the kernel walks all page tables), for kernels without PAGEMAP_SCAN.
 fn by_smaps(span: Span) -> Option<Vec<Span>> {
     crate::ground::inject::check(crate::ground::inject::Call::Open).ok()?;
-    let text = std::fs::read("/proc/self/smaps").ok()?;
+    let text = std::fs::read("/proc/thread-self/smaps").ok()?;
     let text = String::from_utf8_lossy(&text);
     let mut found = Vec::new();
     let mut current = None;

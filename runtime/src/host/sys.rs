@@ -317,7 +317,7 @@ pub(super) fn pagemap_scan(
     Ok(found as usize)
 }
 
-/// The words of /proc/self/pagemap for the pages from `addr` on.
+/// The words of /proc/thread-self/pagemap for the pages from `addr` on.
 pub(super) fn pagemap_read(pagemap: BorrowedFd<'_>, addr: u64, words: &mut [u64]) -> Result<usize> {
     inject::check(Call::PagemapRead)?;
     let len = size_of_val(words);
@@ -327,7 +327,7 @@ pub(super) fn pagemap_read(pagemap: BorrowedFd<'_>, addr: u64, words: &mut [u64]
     Ok(rustix::io::pread(pagemap, bytes, offset)? / size_of::<u64>())
 }
 
-/// pread(2) of /proc/self/mem: reads this process's memory at `addr`. Where a page is missing under userfaultfd it fails
+/// pread(2) of /proc/thread-self/mem: reads this process's memory at `addr`. Where a page is missing under userfaultfd it fails
 /// with EIO and queues no fault: that file's accesses do not wait (FAULT_FLAG_ALLOW_RETRY is not set).
 pub(super) fn memory_read(memory: BorrowedFd<'_>, addr: u64, to: &mut [u8]) -> Result<usize> {
     inject::check(Call::MemoryRead)?;

@@ -2,7 +2,7 @@
 //!
 //! # Overview
 //! [`Maps`] tells which mapping holds an address: by PROCMAP_QUERY on a kept descriptor, or by reading
-//! /proc/self/maps. [`view`] turns that into what drm_gpusvm would see: boundaries that exist only because usvm
+//! /proc/thread-self/maps. [`view`] turns that into what drm_gpusvm would see: boundaries that exist only because usvm
 //! registered part of a mapping are hidden, and what is exempt is cut off and not migratable.
 //!
 //! # Locking
@@ -52,7 +52,7 @@ pub(super) struct Maps {
 
 impl Maps {
     pub(super) fn new(maps: OwnedFd, by_query: bool) -> Result<Self> {
-        let path = "/proc/self/maps";
+        let path = "/proc/thread-self/maps";
         let file = sys::open(path, rustix::fs::OFlags::RDONLY).map_err(|e| Error::os(path, e))?;
         Ok(Self {
             maps: Kept::new(maps),
@@ -67,7 +67,7 @@ impl Maps {
         if self.by_query {
             match self.query(addr) {
                 Ok(found) => return Ok(found.filter(|v| v.span.contains(addr))),
-                Err(errno) => tracing::debug!(%errno, "PROCMAP_QUERY failed; reading /proc/self/maps"),
+                Err(errno) => tracing::debug!(%errno, "PROCMAP_QUERY failed; reading /proc/thread-self/maps"),
             }
         }
         self.read(addr)
@@ -112,7 +112,7 @@ impl Maps {
     /// the walk may skip one, so a miss is tried once more.
     fn read(&self, addr: u64) -> Result<Option<RawVma>> {
         for _ in 0..2 {
-            let found = self.read_once(addr).map_err(|e| Error::os("reading /proc/self/maps", e))?;
+            let found = self.read_once(addr).map_err(|e| Error::os("reading /proc/thread-self/maps", e))?;
             if found.is_some() {
                 return Ok(found);
             }
@@ -282,7 +282,7 @@ mod tests {
 
     fn both() -> [Maps; 2] {
         [true, false].map(|by_query| {
-            let fd = sys::open("/proc/self/maps", rustix::fs::OFlags::RDONLY).unwrap();
+            let fd = sys::open("/proc/thread-self/maps", rustix::fs::OFlags::RDONLY).unwrap();
             Maps::new(fd, by_query).unwrap()
         })
     }
@@ -308,7 +308,7 @@ mod tests {
     #[test]
     fn query_and_file_agree_on_everything_that_stays() {
         let [query, file] = both();
-        let text = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let text = std::fs::read_to_string("/proc/thread-self/maps").unwrap();
         let mut compared = 0;
         for line in text.lines() {
             let start = u64::from_str_radix(line.split('-').next().unwrap(), 16).unwrap();
