@@ -215,6 +215,31 @@ fn a_set_user_id_program_runs_and_is_told_of() {
 }
 
 #[test]
+fn chaos_without_the_right_to_serve_system_calls_is_refused() {
+    if !is_root() {
+        return;
+    }
+    fs::set_permissions(FOLDER.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let program = FOLDER.path().join("nobodys/usvm");
+    copy_to(&program);
+    fs::copy(STANDIN.as_path(), program.with_file_name("libusvm_preload.so")).unwrap();
+    let by_nobody = |words: &[&str]| {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all"]);
+        clean(command.arg(&program).args(words).current_dir("/").stdin(Stdio::null()));
+        said(command.env_remove("USVM_PRELOAD_LIBRARY"))
+    };
+    let rights = by_nobody(&["doctor", "--json"]).out;
+    if rights.contains("user-mode faults only") {
+        let refused = by_nobody(&["run", "--chaos", "100", "--", "echo", "ran"]);
+        assert_eq!((refused.code, refused.out.as_str()), (Some(1), ""), "{}", refused.err);
+        assert!(refused.err.contains("/dev/userfaultfd"), "it names the fix: {}", refused.err);
+    }
+    let without = by_nobody(&["run", "--", "echo", "ran"]);
+    assert_eq!((without.code, without.out.as_str()), (Some(0), "ran\n"), "{}", without.err);
+}
+
+#[test]
 fn files_are_where_the_caller_meant_them() {
     let mut command = usvm(["run", "--stats-file", "s-%p.json", "--trace", "t.json", "--", "sh", "-c"]);
     let ended = said(command.arg("echo $USVM_STATS_FILE; echo $USVM_TRACE").current_dir(FOLDER.path()));

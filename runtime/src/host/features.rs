@@ -359,7 +359,7 @@ fn move_zero_page(uffd: BorrowedFd<'_>, span: Span) -> std::result::Result<(), E
 }
 
 /// What the user can do to have `feature`.
-fn fix(feature: Features) -> String {
+pub(crate) fn fix(feature: Features) -> String {
     let since = TABLE.iter().find(|(f, ..)| *f == feature).map_or("", |(_, _, since)| *since);
     match feature {
         Features::KERNEL_FAULTS => "allow it: sudo setfacl -m u:$USER:rw /dev/userfaultfd \

@@ -54,7 +54,7 @@ use crate::ground::error::{Errno, Error, Result};
 use crate::ground::inject::{self, Call};
 use crate::ground::sync::Fence;
 use crate::ground::{alloc, fds, thread};
-use crate::host::features::Features;
+use crate::host::features::{self, Features};
 use crate::host::fork::{self, Handlers};
 use crate::host::service::Service;
 use crate::host::{Host, Options, exempt};
@@ -216,6 +216,7 @@ fn start(builder: Builder) -> Result<Runtime> {
     sim::choose_copies(Copier::named(&config.copy)?, config.copy_threads);
     let devices = if devices.is_empty() { vec![device_of(&config)?] } else { devices };
     let host = Arc::new(Host::open(&options)?);
+    rights_suffice(&config, &host)?;
     let devices = devices.into_iter().map(SimDevice::new).collect::<Result<Vec<_>>>()?;
     let observer = Arc::new(Observer::new());
     let space = Space::new(SpaceConfig {
@@ -333,6 +334,26 @@ pub fn check(config: &Config) -> Result<()> {
     policy::by_name(&config.policy)?;
     Copier::named(&config.copy)?;
     Ok(())
+}
+
+/// Checks what else only a start would find out: whether this process has the rights that `config` needs. Opens a
+/// userfaultfd and closes it.
+///
+/// # Errors
+/// [`Error::NotSupported`] that names what is missing and the way to it; [`Error::Os`] where there is no userfaultfd.
+pub fn check_rights(config: &Config) -> Result<()> {
+    rights_suffice(config, &Host::open(&Options::default())?)
+}
+
+/// Chaos takes memory that the program knows nothing of, and may hand to the kernel at any moment.
+fn rights_suffice(config: &Config, host: &Host) -> Result<()> {
+    if config.chaos.is_none() || host.report().has.contains(Features::KERNEL_FAULTS) {
+        return Ok(());
+    }
+    let fix = features::fix(Features::KERNEL_FAULTS);
+    Err(Error::NotSupported(format!(
+        "USVM_CHAOS without kernel-mode faults: system calls of the program would fail with EFAULT; {fix}"
+    )))
 }
 
 /// The device that the configuration names.

@@ -7,7 +7,7 @@
 //!
 //! # Exit status
 //! As env(1) and nohup(1) do: 127 if the command is not found, 126 if it cannot be executed; 2 for wrong options or
-//! values, also in the environment; 1 if usvm's library is missing. Otherwise the program's.
+//! values, also in the environment; 1 if usvm's library is missing, or a right that chaos needs. Otherwise the program's.
 
 mod library;
 mod target;
@@ -48,14 +48,24 @@ pub fn run(args: RunArgs) -> Outcome {
     };
     let plan = Plan::new(&args, program, &environment)?;
     let parsed = Config::parse(plan.environment(&environment), false);
-    match parsed.and_then(|(config, unknown)| usvm::runtime::check(&config).map(|()| unknown)) {
-        // The library tells, and only once, where it is loaded.
-        Ok(unknown) if args.dry_run || !plan.loads => unknown.iter().for_each(say::warn),
-        Ok(_) => {}
+    let config = match parsed
+        .and_then(|(config, unknown)| usvm::runtime::check(&config).map(|()| (config, unknown)))
+    {
+        Ok((config, unknown)) => {
+            // The library tells, and only once, where it is loaded.
+            if args.dry_run || !plan.loads {
+                unknown.iter().for_each(say::warn);
+            }
+            config
+        }
         Err(e) => {
             say::warn(e);
             return Ok(USAGE);
         }
+    };
+    if plan.loads && config.enable && config.chaos.is_some() && !args.dry_run {
+        // Only for chaos: a userfaultfd takes time.
+        usvm::runtime::check_rights(&config).map_err(|e| e.to_string())?;
     }
     plan.notes.iter().for_each(say::warn);
     if args.dry_run {
