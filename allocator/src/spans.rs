@@ -24,6 +24,7 @@ use linux_raw_sys::general::{procmap_query, procmap_query_flags};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use usvm::ground::inject::{self, Call};
 
 /// The size of a huge page, and of the steps in which memory is taken.
 pub(crate) const SPAN: usize = 2 << 20;
@@ -121,7 +122,7 @@ fn open(at: usize, size: usize, small: bool) -> Option<*mut u8> {
     let at = ptr::with_exposed_provenance_mut::<u8>(at);
     // SAFETY: the bytes belong to a reservation of ours and were given out just now, to us.
     unsafe {
-        if libc::syscall(libc::SYS_mprotect, at, size, libc::PROT_READ | libc::PROT_WRITE) != 0 {
+        if !protect(at, size, libc::PROT_READ | libc::PROT_WRITE) {
             return None;
         }
         if !small {
@@ -162,7 +163,7 @@ fn map(size: usize, protection: libc::c_int) -> Option<*mut u8> {
     // SAFETY: the kernel fills the structure.
     let limited = unsafe { libc::getrlimit(libc::RLIMIT_AS, &raw mut limit) } == 0
         && limit.rlim_cur != libc::RLIM_INFINITY;
-    if limited && size as u64 > limit.rlim_cur / 4 {
+    if limited && size as u64 > limit.rlim_cur / 4 || inject::check(Call::Mmap).is_err() {
         return None;
     }
     // SAFETY: a new private anonymous mapping at an address of the kernel's choice touches nothing else.
@@ -198,7 +199,7 @@ pub(crate) unsafe fn drop_pages(at: *mut u8, size: usize) -> bool {
 /// As madvise.
 unsafe fn advise(at: *mut u8, size: usize, advice: libc::c_int) -> bool {
     // SAFETY: the caller's contract.
-    unsafe { libc::syscall(libc::SYS_madvise, at, size, advice) == 0 }
+    inject::check(Call::Madvise).is_ok() && unsafe { libc::syscall(libc::SYS_madvise, at, size, advice) == 0 }
 }
 
 /// Moves the pages of `[from, from + size)` to `to`, where they replace what was there, and says how many bytes, counted from
@@ -212,8 +213,6 @@ unsafe fn advise(at: *mut u8, size: usize, advice: libc::c_int) -> bool {
 /// # Safety
 /// Both are whole pages of spans that the caller took; they do not overlap, and nobody uses them meanwhile.
 pub(crate) unsafe fn move_pages(from: *mut u8, to: *mut u8, size: usize) -> usize {
-    // Without DONTUNMAP there would be a hole that somebody else's mapping could take.
-    const HOW: libc::c_int = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
     // SAFETY: the caller's contract.
     if !unsafe { protect(to, size, libc::PROT_NONE) } {
         return 0;
@@ -222,35 +221,78 @@ pub(crate) unsafe fn move_pages(from: *mut u8, to: *mut u8, size: usize) -> usiz
     let (mut moved, mut end, mut tries) = (0, size, 0);
     while moved < size && tries < MOVE_TRIES {
         // SAFETY: the caller's contract, for a part of each.
-        let (piece, place) = unsafe { (from.add(moved), to.add(moved)) };
-        // SAFETY: as above.
-        if unsafe { libc::syscall(libc::SYS_mremap, piece, end - moved, end - moved, HOW, place) } != -1 {
-            moved = end;
-            tries = 0;
-            if moved == size {
-                break;
-            }
-        } else if last_error() != libc::EFAULT {
+        let refused = unsafe { remap(from.add(moved), to.add(moved), end - moved) };
+        match refused {
+            None => (moved, tries) = (end, 0),
+            Some(libc::EFAULT) => {}
+            Some(_) => break,
+        }
+        if moved == size {
             break;
         }
         // From here on one mapping at a time.
-        let Some(maps) = maps.get_or_insert_with(Maps::open) else { break };
-        if let Some((true, until)) = maps.mapping(place.addr()) {
-            moved = (until - to.addr()).min(size);
+        let maps = maps.get_or_insert_with(Maps::open).as_ref();
+        match maps.and_then(|maps| maps.mapping(to.addr() + moved)) {
+            Some((true, until)) => moved = (until - to.addr()).min(size),
+            Some((false, _)) => {}
+            None => {
+                // SAFETY: the caller's contract.
+                moved = unsafe { arrived(to, moved, size) };
+                break;
+            }
         }
-        let Some((_, until)) = maps.mapping(from.addr() + moved) else { break };
+        let Some((_, until)) = maps.and_then(|maps| maps.mapping(from.addr() + moved)) else { break };
         end = (until - from.addr()).min(size);
         tries += 1;
     }
     if moved > 0 {
         changed::note(changed::Kind::Moved, from, moved);
     }
-    // SAFETY: the caller's contract; where nothing came everything is as before, but for the contents.
-    if moved < size && !unsafe { protect(to.add(moved), size - moved, libc::PROT_READ | libc::PROT_WRITE) } {
-        // It needs no memory and no new mapping, so it does not fail; and a block that cannot be used must not be given out.
-        std::process::abort();
+    if moved < size {
+        const ALL: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: the caller's contract; where nothing came everything is as before, but for the contents.
+        let opened = unsafe { libc::syscall(libc::SYS_mprotect, to.add(moved), size - moved, ALL) };
+        if opened != 0 {
+            // It needs no memory and no new mapping, so it does not fail; and a block that cannot be used must not be given out.
+            std::process::abort();
+        }
     }
     moved
+}
+
+/// How many bytes at the beginning of `[to, to + size)`, of which the first `from` are there, can be read: by halves, for
+/// when the kernel does not tell (no descriptor is free, or it is older than that question). A page that is read on the
+/// way is fetched.
+///
+/// # Safety
+/// The bytes belong to a span that the caller took.
+unsafe fn arrived(to: *mut u8, from: usize, size: usize) -> usize {
+    const PAGE: usize = 4096;
+    let (mut there, mut not) = (from / PAGE, size / PAGE);
+    while there < not {
+        let middle = there + (not - there) / 2;
+        // SAFETY: reads a page at most, and changes nothing.
+        let read = unsafe {
+            libc::syscall(libc::SYS_madvise, to.add(middle * PAGE), PAGE, libc::MADV_POPULATE_READ)
+        };
+        if read == 0 { there = middle + 1 } else { not = middle }
+    }
+    there * PAGE
+}
+
+/// mremap(2) of `size` bytes to `to`. The errno if the system refused.
+///
+/// # Safety
+/// As mremap.
+unsafe fn remap(from: *mut u8, to: *mut u8, size: usize) -> Option<libc::c_int> {
+    // Without DONTUNMAP there would be a hole that somebody else's mapping could take.
+    const HOW: libc::c_int = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
+    if let Err(planned) = inject::check(Call::Mremap) {
+        return Some(planned.0);
+    }
+    // SAFETY: the caller's contract.
+    let moved = unsafe { libc::syscall(libc::SYS_mremap, from, size, size, HOW, to) };
+    (moved == -1).then(last_error)
 }
 
 /// Tries to move one piece while others divide it.
@@ -262,7 +304,8 @@ const MOVE_TRIES: u32 = 64;
 /// As mprotect.
 unsafe fn protect(at: *mut u8, size: usize, protection: libc::c_int) -> bool {
     // SAFETY: the caller's contract.
-    unsafe { libc::syscall(libc::SYS_mprotect, at, size, protection) == 0 }
+    inject::check(Call::Mprotect).is_ok()
+        && unsafe { libc::syscall(libc::SYS_mprotect, at, size, protection) == 0 }
 }
 
 fn last_error() -> libc::c_int {
@@ -275,6 +318,7 @@ struct Maps(OwnedFd);
 
 impl Maps {
     fn open() -> Option<Self> {
+        inject::check(Call::Open).ok()?;
         // SAFETY: opens a file of the kernel's; the descriptor is this value's own.
         unsafe {
             let maps = libc::syscall(
@@ -289,6 +333,7 @@ impl Maps {
 
     /// Whether the mapping that holds `at` can be read, and where it ends; `None` if there is none, or no answer.
     fn mapping(&self, at: usize) -> Option<(bool, usize)> {
+        inject::check(Call::ProcmapQuery).ok()?;
         // SAFETY: a structure of integers.
         let mut query: procmap_query = unsafe { std::mem::zeroed() };
         query.size = size_of::<procmap_query>() as u64;
