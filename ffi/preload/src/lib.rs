@@ -43,6 +43,7 @@ mod fds;
 mod mappings;
 mod next;
 mod opencl;
+mod pieces;
 mod start;
 mod threads;
 #[cfg(target_arch = "x86_64")]

@@ -1,0 +1,249 @@
+//! mremap of a mapping that is several to the kernel.
+//!
+//! # Overview
+//! [`move_all`] moves what one call was to move in as many calls as there are pieces, in place or to a place that is
+//! reserved before. To the program it happens as a whole or not at all: if a piece cannot be moved (no memory, the limit of
+//! mappings), those that were are moved back, and if that fails, too, the process ends.
+//!
+//! # Locking
+//! None.
+//!
+//! # Limits
+//! Meanwhile another thread can see a part at each place, as it could in the middle of the program's own two calls.
+//!
+//! # Safety
+//! Exactly what the one call was to move is moved, into address space that was reserved here or that the program named.
+
+use std::ffi::{c_int, c_void};
+
+/// The C library's mremap, with its optional argument.
+pub(crate) type Mremap = unsafe extern "C" fn(*mut c_void, usize, usize, c_int, *mut c_void) -> *mut c_void;
+
+pub(crate) const PAGE: usize = 4096;
+
+/// One line of /proc/thread-self/maps, as far as it matters here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Mapping {
+    pub(crate) start: usize,
+    pub(crate) end: usize,
+    /// Permissions, offset, device, inode: equal for pieces of one anonymous mapping.
+    pub(crate) kind: String,
+}
+
+/// The process's mappings, ascending; none if the kernel does not tell.
+pub(crate) fn mappings() -> Vec<Mapping> {
+    let text = std::fs::read_to_string("/proc/thread-self/maps").unwrap_or_default();
+    text.lines().filter_map(parse).collect()
+}
+
+fn parse(line: &str) -> Option<Mapping> {
+    let (range, rest) = line.split_once(' ')?;
+    let (start, end) = range.split_once('-')?;
+    let hex = |text| usize::from_str_radix(text, 16).ok();
+    let kind = rest.split_ascii_whitespace().take(4).collect::<Vec<_>>().join(" ");
+    Some(Mapping { start: hex(start)?, end: hex(end)?, kind })
+}
+
+/// The mapping that holds `at`, if it is anonymous.
+fn holding(at: usize) -> Option<Mapping> {
+    let found = mappings().into_iter().find(|m| m.start <= at && m.end > at)?;
+    found.kind.ends_with(" 00000000 00:00 0").then_some(found)
+}
+
+pub(crate) fn last_errno() -> c_int {
+    // SAFETY: the calling thread's own errno.
+    unsafe { *libc::__errno_location() }
+}
+
+/// How often a piece is looked up anew because it was divided or joined meanwhile.
+const TRIES: u32 = 1000;
+
+/// Calls mremap (`next`) on `[from, to)`, of which only a first piece may be one mapping; `of` says how large that piece shall be
+/// and where it goes, given its end. Gives the piece's end and its new place.
+///
+/// # Safety
+/// As mremap for what `of` says.
+unsafe fn one_piece(
+    next: Mremap,
+    from: usize,
+    to: usize,
+    of: impl Fn(usize) -> (usize, c_int, usize),
+) -> Result<(usize, *mut c_void), c_int> {
+    for _ in 0..TRIES {
+        let end = holding(from).ok_or(libc::EFAULT)?.end.min(to);
+        let (len, flags, target) = of(end);
+        let (piece, target) =
+            (std::ptr::with_exposed_provenance_mut(from), std::ptr::with_exposed_provenance_mut(target));
+        // SAFETY: the caller's.
+        let moved = unsafe { next(piece, end - from, len, flags, target) };
+        if moved != libc::MAP_FAILED {
+            return Ok((end, moved));
+        }
+        if last_errno() != libc::EFAULT {
+            return Err(last_errno());
+        }
+        // It was divided just now, and what came before the division may have moved.
+        let rest = mappings()
+            .into_iter()
+            .filter(|m| m.end > from)
+            .map(|m| m.start.max(from))
+            .find(|at| (from..end).contains(at));
+        if rest != Some(from) && flags & libc::MREMAP_FIXED != 0 && len == end - from {
+            return Ok((rest.unwrap_or(end), target));
+        }
+    }
+    Err(libc::EFAULT)
+}
+
+/// mremap by `next`, piece by piece. An error is the errno.
+///
+/// # Safety
+/// As mremap.
+pub(crate) unsafe fn move_all(
+    next: Mremap,
+    old: *mut c_void,
+    old_len: usize,
+    new_len: usize,
+    flags: c_int,
+    new: *mut c_void,
+) -> Result<*mut c_void, c_int> {
+    let new_len = new_len.next_multiple_of(PAGE);
+    let whole = old_len.next_multiple_of(PAGE);
+    let old_len = whole.min(new_len);
+    let (start, end) = (old.expose_provenance(), old.addr() + old_len);
+    let fixed = flags & libc::MREMAP_FIXED != 0;
+    if flags & !(libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) != 0 || !is_alike(start, end) {
+        return Err(libc::EFAULT);
+    }
+    if whole > old_len {
+        // SAFETY: what the program gives up.
+        unsafe { libc::munmap(old.with_addr(end), whole - old_len) };
+    }
+    let added = new_len - old_len;
+    if !fixed {
+        // The last piece grows where it is, or nothing happens.
+        let grown = last_piece(end).ok_or(libc::EFAULT).and_then(|last| {
+            // SAFETY: a piece of the program's.
+            unsafe {
+                one_piece(next, last.max(start), end, |to| {
+                    (to - last.max(start) + if to == end { added } else { 0 }, 0, 0)
+                })
+            }
+        });
+        match grown {
+            Ok((to, _)) if to == end => return Ok(old),
+            Err(errno) if flags & libc::MREMAP_MAYMOVE == 0 => return Err(errno),
+            _ => {}
+        }
+    }
+    let target = if fixed { new } else { reserve(new_len)? };
+    let pieces = Pieces { next, start, end, target: target.expose_provenance(), added };
+    // The last piece first: it is the one that grows, and may be refused what the others need not ask for.
+    let last = last_piece(end).map_or(start, |last| last.max(start));
+    let mut moved = Vec::new();
+    // SAFETY: what the program moves, to where it moves it.
+    let result =
+        unsafe { pieces.go(last, end, &mut moved).and_then(|()| pieces.go(start, last, &mut moved)) };
+    if let Err(errno) = result {
+        // SAFETY: what has just been moved; the reservation is nobody's.
+        unsafe {
+            pieces.come_back(&moved);
+            if !fixed {
+                libc::munmap(target, new_len);
+            }
+        }
+        return Err(errno);
+    }
+    Ok(target)
+}
+
+/// A mapping that moves piece by piece: `[start, end)` to `target`, where it has `added` bytes more.
+struct Pieces {
+    next: Mremap,
+    start: usize,
+    end: usize,
+    target: usize,
+    added: usize,
+}
+
+impl Pieces {
+    /// Moves `[from, to)` of it, and notes in `moved` what has moved.
+    ///
+    /// # Safety
+    /// As mremap.
+    unsafe fn go(&self, mut from: usize, to: usize, moved: &mut Vec<(usize, usize)>) -> Result<(), c_int> {
+        while from < to {
+            let of = |until: usize| {
+                let added = if until == self.end { self.added } else { 0 };
+                (
+                    until - from + added,
+                    libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED,
+                    self.target + (from - self.start),
+                )
+            };
+            // SAFETY: the caller's, for a piece of it.
+            let until = unsafe { one_piece(self.next, from, to, of) }?.0;
+            moved.push((from, until));
+            from = until;
+        }
+        Ok(())
+    }
+
+    /// Moves back what has moved, since not all could: to the program nothing has happened. Whoever can do neither ends
+    /// the process, for the program would look for its data where it is not.
+    ///
+    /// # Safety
+    /// As mremap; `moved` is what [`Pieces::go`] noted.
+    unsafe fn come_back(&self, moved: &[(usize, usize)]) {
+        for &(start, end) in moved {
+            let there = self.target + (start - self.start);
+            let taken = mappings().iter().any(|m| m.start < end && m.end > start);
+            let (mut from, to) = (there, there + (end - start));
+            if end == self.end && self.added > 0 {
+                // SAFETY: what came to it, of which the program does not know.
+                unsafe { libc::munmap(std::ptr::with_exposed_provenance_mut(to), self.added) };
+            }
+            while !taken && from < to {
+                let of =
+                    |until| (until - from, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, start + (from - there));
+                // SAFETY: the caller's, for a piece of it, to where it was and where nothing is.
+                match unsafe { one_piece(self.next, from, to, of) } {
+                    Ok((until, _)) => from = until,
+                    Err(_) => break,
+                }
+            }
+            if from < to {
+                eprintln!(
+                    "usvm: mremap moved a part of a mapping that usvm divided, and can neither go on nor undo it"
+                );
+                std::process::abort();
+            }
+        }
+    }
+}
+
+/// Address space of the kernel's choice.
+pub(crate) fn reserve(len: usize) -> Result<*mut c_void, c_int> {
+    let (none, private) = (libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
+    // SAFETY: a new mapping touches no other.
+    let place = unsafe { libc::mmap(std::ptr::null_mut(), len, none, private, -1, 0) };
+    if place == libc::MAP_FAILED { Err(last_errno()) } else { Ok(place) }
+}
+
+/// Where the mapping that holds the byte before `end` begins.
+fn last_piece(end: usize) -> Option<usize> {
+    Some(holding(end - 1)?.start)
+}
+
+/// Whether `[start, end)` has no gap and its mappings are alike, as pieces of one anonymous mapping are.
+fn is_alike(start: usize, end: usize) -> bool {
+    let (mut at, mut kind) = (start, None);
+    for mapping in mappings().into_iter().filter(|m| m.start < end && m.end > start) {
+        let alike = *kind.get_or_insert_with(|| mapping.kind.clone()) == mapping.kind;
+        if mapping.start > at || !alike || !mapping.kind.ends_with(" 00000000 00:00 0") {
+            return false;
+        }
+        at = mapping.end;
+    }
+    at >= end && end > start
+}
