@@ -3,7 +3,7 @@
 
 mod opencl;
 
-use opencl::{WAYS, Way, command, compile, compile_with, library, root, run};
+use opencl::{Ran, WAYS, Way, command, compile, compile_with, library, root, run};
 use usvm_tests::isolated::skipped;
 
 /// The environment of programs whose memory is to move around their launches.
@@ -85,6 +85,33 @@ fn svm_programs_compute_the_same() {
             assert_eq!(ran.out, off.out, "{way:?} {asked:?}");
             assert!(ran.err.contains("bytes_to_device"), "{way:?} {asked:?}: {}", ran.err);
         }
+    }
+}
+
+/// A number of bytes of usvm's report, as exact as it tells it; zero if it is not in it.
+fn bytes(ran: &Ran, name: &str) -> u64 {
+    let line = ran.err.lines().find(|l| l.split_whitespace().next() == Some(name)).unwrap_or_default();
+    let mut words = line.split_whitespace().skip(1);
+    let number: f64 = words.next().and_then(|word| word.parse().ok()).unwrap_or(0.0);
+    let power = ["KiB", "MiB", "GiB"].iter().position(|unit| words.clone().next() == Some(unit));
+    (number * 1024f64.powi(power.map_or(0, |p| p as i32 + 1))) as u64
+}
+
+/// Each way in which a kernel gets at memory is known, by itself.
+#[test]
+fn a_launch_takes_along_what_it_reaches_in_any_way() {
+    if !available() {
+        return;
+    }
+    let program = compile("tests/opencl/reach.c");
+    let block = 8 << 20;
+    for (way, reaches) in [("a", true), ("m", true), ("s", true), ("u", true), ("k", true), ("-", false)] {
+        let ran = run(command(&program, Way::Both).arg(way).envs(MOVING[1].iter().copied())).well();
+        assert_eq!(ran.out, "reach: verified\n", "{way}");
+        let known = ran.count("opencl_working_set_bytes");
+        assert_eq!(known / block, u64::from(reaches), "{way}: {known} bytes are known: {}", ran.err);
+        let moved = bytes(&ran, "bytes_to_device");
+        assert_eq!(moved >= block, reaches, "{way}: {moved} bytes moved: {}", ran.err);
     }
 }
 
