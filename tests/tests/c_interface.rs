@@ -130,6 +130,14 @@ fn misuse_is_an_error_that_names_the_argument() {
 }
 
 #[test]
+fn two_devices_share_one_address_space() {
+    let program = compile("cc", "-std=c11", "tests/c/devices.c", &[]);
+    let devices = "sim:arc-a770,sim:max-1550";
+    let said = run(staged(&program).env("USVM_DEVICE", devices).env("USVM_VRAM", "32M"));
+    assert_eq!(said, "devices: good\n");
+}
+
+#[test]
 fn notifiers_are_told_before_the_pages_go() {
     good("notify");
 }

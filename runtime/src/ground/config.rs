@@ -278,12 +278,15 @@ impl Kind for Path {
 struct Device;
 impl Kind for Device {
     type Value = String;
-    const ALLOWED: &'static str =
-        "auto, sim, sim:profile, or the path of a render node such as /dev/dri/renderD128";
+    const ALLOWED: &'static str = "auto, sim, sim:profile, or the path of a render node such as /dev/dri/renderD128; \
+        several with commas between them";
 
     fn read(text: &str) -> Option<String> {
-        let profile = text.strip_prefix("sim:").is_some_and(|p| !p.is_empty());
-        (matches!(text, "auto" | "sim") || profile || text.starts_with("/dev/")).then(|| text.to_owned())
+        let is_one = |device: &str| {
+            let profile = device.strip_prefix("sim:").is_some_and(|p| !p.is_empty());
+            matches!(device, "auto" | "sim") || profile || device.starts_with("/dev/")
+        };
+        text.split(',').all(is_one).then(|| text.to_owned())
     }
 
     fn write(value: &String) -> String {
@@ -357,7 +360,7 @@ macro_rules! row {
 /// All options.
 pub static OPTIONS: &[OptionRow] = &[
     row!(enable, Some("USVM_ENABLE"), Bool, default "on", "off: usvm stays out of the program"),
-    row!(device, Some("USVM_DEVICE"), Device, default "auto", "the device to mirror memory on"),
+    row!(device, Some("USVM_DEVICE"), Device, default "auto", "the devices to mirror memory on, with commas between them"),
     row!(policy, Some("USVM_POLICY"), Text, default "adaptive", "the migration policy"),
     row!(vram, Some("USVM_VRAM"), Size, or "auto", "bytes of device memory to use"),
     row!(verbose, Some("USVM_VERBOSE"), Bool, default "off", "print version and configuration at start"),
@@ -709,7 +712,9 @@ mod tests {
         assert!(refused(&[("USVM_CONF", "spin_su=3")]).contains("did you mean spin_us?"));
         assert!(refused(&[("USVM_CONF", "share")]).contains("has no `=`"));
         assert!(refused(&[("USVM_DEVICE", "cuda")]).contains("sim:profile"));
-        assert!(refused(&[("USVM_DEVICE", "sim:")]).contains("USVM_DEVICE"));
+        for bad in ["sim:", "sim,", ",sim", "sim,,sim", "sim cuda"] {
+            assert!(refused(&[("USVM_DEVICE", bad)]).contains("USVM_DEVICE"), "{bad}");
+        }
         for bad in ["", "-1", "1.5G", "99999999999G", "G", "1 2K"] {
             assert!(refused(&[("USVM_VRAM", bad)]).contains("USVM_VRAM"), "{bad}");
         }

@@ -127,7 +127,7 @@ impl Builder {
         self
     }
 
-    /// Adds a device; without any, the configuration names one.
+    /// Adds a device; without any, the configuration names them.
     #[must_use]
     pub fn device(mut self, device: SimConfig) -> Self {
         self.devices.push(device);
@@ -214,7 +214,7 @@ fn start(builder: Builder) -> Result<Runtime> {
         eprintln!("usvm {}\n{config}", env!("CARGO_PKG_VERSION"));
     }
     sim::choose_copies(Copier::named(&config.copy)?, config.copy_threads);
-    let devices = if devices.is_empty() { vec![device_of(&config)?] } else { devices };
+    let devices = if devices.is_empty() { devices_of(&config)? } else { devices };
     let host = Arc::new(Host::open(&options)?);
     rights_suffice(&config, &host)?;
     let devices = devices.into_iter().map(SimDevice::new).collect::<Result<Vec<_>>>()?;
@@ -330,7 +330,7 @@ pub fn install_fork_handlers() -> Result<()> {
 /// # Errors
 /// [`Error::Invalid`] that names the option and what is allowed.
 pub fn check(config: &Config) -> Result<()> {
-    device_of(config)?;
+    devices_of(config)?;
     policy::by_name(&config.policy)?;
     Copier::named(&config.copy)?;
     Ok(())
@@ -356,29 +356,41 @@ fn rights_suffice(config: &Config, host: &Host) -> Result<()> {
     )))
 }
 
-/// The device that the configuration names.
-fn device_of(config: &Config) -> Result<SimConfig> {
-    let named = match config.device.split_once(':') {
-        None if config.device == "sim" || config.device == "auto" => Some(Profile::GENERIC),
-        Some(("sim", name)) => Profile::named(name),
-        _ => None,
+/// The devices that the configuration names; memory and abilities are the same for each.
+fn devices_of(config: &Config) -> Result<Vec<SimConfig>> {
+    let names: Vec<&str> = config.device.split(',').collect();
+    if names.len() > MOST_DEVICES {
+        return Err(Error::Invalid {
+            argument: "USVM_DEVICE",
+            reason: format!("it names {} devices; there may be {MOST_DEVICES}", names.len()),
+        });
+    }
+    let one = |name: &str| {
+        let named = match name.split_once(':') {
+            None if name == "sim" || name == "auto" => Some(Profile::GENERIC),
+            Some(("sim", name)) => Profile::named(name),
+            _ => None,
+        };
+        let profile = named.ok_or_else(|| Error::Invalid {
+            argument: "USVM_DEVICE",
+            reason: format!(
+                "{name:?} is not auto, sim or sim:PROFILE with one of {}; DRM devices are not supported yet",
+                Profile::ALL.map(|p| p.name).join(", ")
+            ),
+        })?;
+        Ok(SimConfig {
+            profile,
+            vram_bytes: config.vram.unwrap_or(SimConfig::default().vram_bytes),
+            cpu_visible_bytes: config.visible,
+            recoverable_faults: config.faults,
+            ..SimConfig::default()
+        })
     };
-    let profile = named.ok_or_else(|| Error::Invalid {
-        argument: "USVM_DEVICE",
-        reason: format!(
-            "{:?} is not auto, sim or sim:PROFILE with one of {}; DRM devices are not supported yet",
-            config.device,
-            Profile::ALL.map(|p| p.name).join(", ")
-        ),
-    })?;
-    Ok(SimConfig {
-        profile,
-        vram_bytes: config.vram.unwrap_or(SimConfig::default().vram_bytes),
-        cpu_visible_bytes: config.visible,
-        recoverable_faults: config.faults,
-        ..SimConfig::default()
-    })
+    names.into_iter().map(one).collect()
 }
+
+/// Devices that a configuration may name: each has threads of its own.
+const MOST_DEVICES: usize = 16;
 
 thread_local! {
     /// The range that the current engine thread's last fault pinned.

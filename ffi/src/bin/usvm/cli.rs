@@ -136,7 +136,7 @@ pub struct RunArgs {
     /// Who lives where
     #[arg(long, value_parser = PossibleValuesParser::new(usvm::policy::NAMES))]
     pub policy: Option<String>,
-    /// The device: auto, sim or sim:PROFILE (see usvm devices)
+    /// The device: auto, sim or sim:PROFILE (see usvm devices); several with commas between them
     #[arg(long, value_parser = option("device"))]
     pub device: Option<String>,
     /// Device memory to use, e.g. 512M or 4G
