@@ -14,10 +14,10 @@ use crate::stand::{FOLDER, STANDIN, said, usvm};
 const PART: &str = "USVM_TEST_PART";
 
 /// Another process of this test binary that plays a part until its stdin ends, and the children it has.
-struct Player(Child, Vec<String>);
+pub struct Player(Child, Vec<String>);
 
 impl Player {
-    fn start(part: &str) -> Self {
+    pub fn start(part: &str) -> Self {
         let child = Command::new(std::env::current_exe().unwrap())
             .args(["look::player", "--exact", "--nocapture", "--test-threads=1"])
             .env(PART, part)
@@ -35,7 +35,7 @@ impl Player {
         player
     }
 
-    fn pid(&self) -> String {
+    pub fn pid(&self) -> String {
         self.0.id().to_string()
     }
 }

@@ -7,6 +7,7 @@ mod look;
 mod manual;
 mod run;
 mod stand;
+mod terminal;
 
 /// usvm's own memory must not be migratable: `look` runs a runtime.
 #[global_allocator]
