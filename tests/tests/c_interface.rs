@@ -130,6 +130,11 @@ fn misuse_is_an_error_that_names_the_argument() {
 }
 
 #[test]
+fn the_end_comes_beside_calls_of_other_threads() {
+    good("shutdown");
+}
+
+#[test]
 fn two_devices_share_one_address_space() {
     let program = compile("cc", "-std=c11", "tests/c/devices.c", &[]);
     let devices = "sim:arc-a770,sim:max-1550";

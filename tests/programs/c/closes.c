@@ -8,6 +8,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -53,6 +54,20 @@ int main(void) {
     // Over every number up to 200 another one.
     for (int fd = 10; fd < 200; fd++) if (dup2(a, fd) != fd) printf("dup2 %d: %s\n", fd, strerror(errno));
     printf("%lx\n", work(5));
+    // No number shows a file that the program did not open, and over any of them it can put its own, or is told that one is
+    // busy: what was there is still there then.
+    struct rlimit most;
+    getrlimit(RLIMIT_NOFILE, &most);
+    int open_files = 0, busy = 0;
+    struct stat about;
+    for (int fd = 200; fd < (int)most.rlim_cur; fd++) open_files += fstat(fd, &about) == 0;
+    for (int fd = 200; fd < (int)most.rlim_cur; fd++) {
+        errno = 0;
+        if ((fd % 2 ? dup2(a, fd) : dup3(a, fd, O_CLOEXEC)) == fd) close(fd);
+        else if (errno == EBUSY) busy++;
+        else printf("dup %d: %s\n", fd, strerror(errno));
+    }
+    printf("%d open files, %s busy, %lx\n", open_files, busy < 40 ? "few" : "many", work(9));
     // A daemon: two forks, a new session, /dev/null in all places.
     fflush(stdout);
     int fds[2];
