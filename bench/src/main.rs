@@ -3,7 +3,8 @@
 //! # Overview
 //! A [`case::Case`] is one thing to measure together with its baseline. The [`harness`] takes their samples alternately
 //! in one run, so that whatever else the machine does falls on both; what counts is the ratio. [`baselines`] holds the
-//! bare primitives, [`cases`] one file for each subject, [`report`] what is printed and written.
+//! bare primitives, [`cases`] one file for each subject, [`report`] what is printed and written. [`run`] is apart from that:
+//! whole workloads, to compare migration policies with.
 #![deny(unsafe_code)]
 
 mod alloc;
@@ -14,6 +15,7 @@ mod compare;
 mod harness;
 mod memory;
 mod report;
+mod run;
 
 use case::Outcome;
 use clap::{Args, Parser, Subcommand};
@@ -44,6 +46,10 @@ enum Command {
     List(Output),
     /// Measures single operations, each beside its baseline in the same run.
     Micro(Micro),
+    /// Runs whole workloads under each migration policy, with device memory for all and for a part of them.
+    Run(RunArgs),
+    /// Shows a result of `run`: policies side by side.
+    Report(ReportArgs),
     /// Compares usvm's allocator with mimalloc, jemalloc and glibc's.
     Alloc(AllocArgs),
     /// One process of `alloc`.
@@ -89,6 +95,25 @@ struct AllocArgs {
 }
 
 #[derive(Args)]
+struct RunArgs {
+    #[command(flatten)]
+    what: run::Run,
+    #[command(flatten)]
+    output: Output,
+}
+
+#[derive(Args)]
+struct ReportArgs {
+    /// What `run --json` wrote.
+    results: PathBuf,
+    /// By which time: what the profile's device would have taken, or what it took here.
+    #[arg(long, value_enum, default_value = "modelled")]
+    by: run::report::By,
+    #[command(flatten)]
+    output: Output,
+}
+
+#[derive(Args)]
 struct Compare {
     /// The results to compare with.
     before: PathBuf,
@@ -102,6 +127,8 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::List(output) => list(&output),
         Command::Micro(micro) => run_micro(&micro),
+        Command::Run(args) => run_workloads(&args),
+        Command::Report(args) => run_report(&args),
         Command::Alloc(args) => run_alloc(&args),
         Command::AllocOne(one) => one.run().map(|()| ExitCode::SUCCESS),
         Command::Compare(compare) => run_compare(&compare),
@@ -135,6 +162,29 @@ fn run_micro(micro: &Micro) -> case::Result<ExitCode> {
     progress("");
     show(&report.table(), &micro.output, &report)?;
     Ok(if report.results.is_empty() { ExitCode::from(SKIPPED) } else { ExitCode::SUCCESS })
+}
+
+fn run_workloads(args: &RunArgs) -> case::Result<ExitCode> {
+    if let Some(table) = args.what.list() {
+        show(&table, &Output { json: None }, &())?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let results = args.what.run(progress, |what| eprintln!("usvm-bench: skipped: {what}"))?;
+    show(&results.table(), &args.output, &results)?;
+    Ok(if results.results.is_empty() {
+        ExitCode::from(SKIPPED)
+    } else if results.is_right() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn run_report(args: &ReportArgs) -> case::Result<ExitCode> {
+    let results = run::report::read(&args.results)?;
+    let table = run::report::table(&results, args.by);
+    show(&table, &args.output, &results)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn run_alloc(args: &AllocArgs) -> case::Result<ExitCode> {

@@ -1,5 +1,5 @@
 //! Migrates like the kernel, and learns from each range what the kernel cannot use: that a program edits a few pages
-//! between launches, or that everybody only reads.
+//! between launches, that everybody only reads, or that the device uses more than its memory holds.
 
 use crate::ground::addr::SZ_64K;
 use crate::space::ports::{Advice, Facts, GpuAccess, Placement, Policy, Return};
@@ -10,6 +10,8 @@ const BLOCKS_AFTER: u32 = 2;
 const GIVE_UP_AFTER: u32 = 2;
 /// Every so many visits, blocks are tried again all the same.
 const RETRY_EVERY: u32 = 16;
+/// Evictions in a row after which a range is used over the link: those that are on the device then can stay there.
+const REMOTE_AFTER: u32 = 2;
 
 /// See the module.
 #[derive(Debug)]
@@ -31,7 +33,9 @@ impl Policy for Adaptive {
         if facts.bracketed && facts.access == GpuAccess::Read && read_mostly && !here {
             return Placement::Share;
         }
-        Placement::Migrate
+        // What was announced for a launch fits, and will be used; who faults tells of one access.
+        let pressed = facts.history.evictions >= REMOTE_AFTER && !facts.bracketed && !here;
+        if pressed && facts.access != GpuAccess::Atomic { Placement::Remote } else { Placement::Migrate }
     }
 
     fn cpu_fault(&self, facts: &Facts<'_>) -> Return {
@@ -91,6 +95,23 @@ mod tests {
         assert_eq!(Adaptive.cpu_fault(&facts(&hopeless)), Return::Range);
         let again = History { to_device: RETRY_EVERY, ..hopeless };
         assert_eq!(Adaptive.cpu_fault(&facts(&again)), Return::Block(SZ_64K));
+    }
+
+    #[test]
+    fn what_keeps_being_evicted_is_used_over_the_link() {
+        let history = History { evictions: REMOTE_AFTER, ..History::default() };
+        let mut f = facts(&history);
+        assert_eq!(Adaptive.gpu_access(&f), Placement::Migrate, "it was announced");
+        f.bracketed = false;
+        assert_eq!(Adaptive.gpu_access(&f), Placement::Remote);
+        f.access = GpuAccess::Atomic;
+        assert_eq!(Adaptive.gpu_access(&f), Placement::Migrate);
+        f.access = GpuAccess::Write;
+        f.advice.preferred = Some(Some(f.device));
+        assert_eq!(Adaptive.gpu_access(&f), Placement::Migrate, "the program knows better");
+        let once = History { evictions: REMOTE_AFTER - 1, ..History::default() };
+        let f = Facts { bracketed: false, ..facts(&once) };
+        assert_eq!(Adaptive.gpu_access(&f), Placement::Migrate);
     }
 
     #[test]

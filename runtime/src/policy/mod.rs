@@ -6,7 +6,7 @@
 //!
 //! | name | a device access | a CPU access brings back |
 //! |---|---|---|
-//! | `adaptive` (default) | migrates; shares read-mostly ranges inside brackets; respects a preferred location and `accessed by` | the range; smaller and growing blocks once a range has gone back and forth |
+//! | `adaptive` (default) | migrates; shares read-mostly ranges inside brackets; respects a preferred location and `accessed by`; leaves what keeps being evicted at home for a while | the range; smaller and growing blocks once a range has gone back and forth |
 //! | `gpusvm` | migrates, as the kernel's drivers do | the range |
 //! | `remote` | never migrates | – |
 //!

@@ -471,6 +471,7 @@ impl Inner {
                 self.svm.shrink(allowed);
             }
         }
+        self.svm.try_pressed_anew();
         self.host.empty_discarded();
         self.host.keep_pool();
     }

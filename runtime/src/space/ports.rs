@@ -347,6 +347,10 @@ pub struct History {
     pub device_wrote: bool,
     /// Visits in a row that ended with most of it back on the host.
     pub whole_returns: u32,
+    /// Times in a row that it had to leave for others, each soon after the one before.
+    pub evictions: u32,
+    /// Times in a row that a policy left it at home for that.
+    pub passed_over: u32,
 }
 
 /// One decision's facts.

@@ -140,6 +140,10 @@ pub struct Moved {
     pub arrived: Option<Instant>,
     /// When it last came back.
     pub returned: Option<Instant>,
+    /// When it last had to leave for others.
+    pub evicted: Option<Instant>,
+    /// Whether it is among those that stay at home for a while because of that.
+    pub waits: bool,
 }
 
 impl Moved {

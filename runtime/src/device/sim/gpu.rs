@@ -392,9 +392,14 @@ impl<'a> Gpu<'a> {
             if remote { (&c.remote_read, &c.remote_written) } else { (&c.local_read, &c.local_written) };
         reads.add(read as u64);
         writes.add(written as u64);
+        let lines = (read.div_ceil(LINE) + written.div_ceil(LINE)) * LINE;
+        if remote { &c.remote_lines } else { &c.local_lines }.add(lines as u64);
         Ok(result)
     }
 }
+
+/// Memory is read and written in lines of so many bytes, however few are wanted: what modelled time counts.
+const LINE: usize = 64;
 
 /// The tiles of `len` bytes: how far in each begins, and how long it is.
 fn tiles(len: u64) -> impl DoubleEndedIterator<Item = (u64, usize)> {

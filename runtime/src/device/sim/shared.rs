@@ -46,6 +46,9 @@ pub(super) struct Counters {
     pub(super) local_written: Counter,
     pub(super) remote_read: Counter,
     pub(super) remote_written: Counter,
+    /// Bytes of the lines that were read and written.
+    pub(super) local_lines: Counter,
+    pub(super) remote_lines: Counter,
     pub(super) tlb_hits: Counter,
     pub(super) tlb_misses: Counter,
     pub(super) walks: Counter,
@@ -230,9 +233,9 @@ impl Shared {
     }
 
     pub(super) fn modelled(&self) -> Modelled {
-        let s = self.stats();
-        let local = s.local_bytes_read + s.local_bytes_written;
-        let remote = s.remote_bytes_read + s.remote_bytes_written;
-        self.profile.model(&self.ledger, s.faults, local, remote)
+        let sum =
+            |f: fn(&Counters) -> &Counter| f(&self.compute.counters).get() + f(&self.copy.counters).get();
+        let (local, remote) = (sum(|c| &c.local_lines), sum(|c| &c.remote_lines));
+        self.profile.model(&self.ledger, sum(|c| &c.faults), local, remote)
     }
 }

@@ -93,7 +93,12 @@ impl Mover {
             match self.evict(&range, &mut state) {
                 Err(e @ Error::DeviceLost { .. }) => return Err(e),
                 // What could not land is in the shadow, and its device memory is free.
-                _ if !holds(&state) => return Ok(true),
+                _ if !holds(&state) => {
+                    if let Some(m) = &mut state.moved {
+                        self.note_eviction(m, Instant::now());
+                    }
+                    return Ok(true);
+                }
                 _ => {}
             }
         }

@@ -10,6 +10,7 @@
 //! | `homeward` | home again, or to where mremap took the pages |
 //! | `share` | read-only copies of ranges that stay at home |
 //! | `evict` | device memory, and who has to leave it |
+//! | `pressed` | who keeps being evicted, and until when it stays at home for that |
 //! | `released` | waiting for room when everything is pinned |
 //!
 //! # Locking
@@ -19,6 +20,7 @@
 mod evict;
 mod homeward;
 mod outward;
+pub mod pressed;
 mod released;
 mod share;
 
@@ -56,6 +58,7 @@ pub struct Mover {
     pub(crate) observer: Arc<Observer>,
     retained: AtomicU64,
     released: Released,
+    pressed: pressed::Pressed,
     options: Options,
     epoch: Instant,
 }
@@ -93,6 +96,7 @@ impl Mover {
             observer,
             retained: AtomicU64::new(0),
             released: Released::default(),
+            pressed: pressed::Pressed::default(),
             options: Options::default(),
             epoch: Instant::now(),
         }

@@ -296,7 +296,12 @@ impl Svm {
                 }
             }
             Placement::Share => mover.to_device(&range, &mut state, device, want.cause)?,
-            Placement::Remote => self.settle_for_remote(&range, &mut state, device, want)?,
+            Placement::Remote => {
+                self.settle_for_remote(&range, &mut state, device, want)?;
+                if let (None, Some(m)) = (want.force, &mut state.moved) {
+                    mover.passed_over(&range, m);
+                }
+            }
         }
         // What was just flipped out lay in writable mappings: only those can be. Holes prove nothing.
         let flipped = state.moved.as_ref().map_or(0, |m| m.retained.count());

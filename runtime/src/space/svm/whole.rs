@@ -10,6 +10,7 @@ use crate::ground::addr::{PageMask, Span};
 use crate::ground::error::{Error, Result};
 use crate::observe::stats::Cause;
 use crate::space::mover::Range;
+use crate::space::mover::pressed::try_anew;
 use crate::space::residency::{Residence, bytes};
 
 impl Svm {
@@ -106,6 +107,24 @@ impl Svm {
     pub fn reconsider(&self, span: Span) {
         for range in self.space.ranges_in(span) {
             let mut state = range.data.lock();
+            if state.is_home() && !range.data.is_pinned() {
+                self.mover.unbind(&range, &mut state.bound);
+            }
+        }
+    }
+
+    /// Has devices ask again for some of what stays at home because it kept being evicted.
+    pub fn try_pressed_anew(&self) {
+        let now = Instant::now();
+        for range in self.mover.due(now) {
+            // Who calls this must not wait.
+            let Some(mut state) = range.data.try_lock() else {
+                self.mover.wait_more(&range, now);
+                continue;
+            };
+            if let Some(m) = &mut state.moved {
+                try_anew(m, now);
+            }
             if state.is_home() && !range.data.is_pinned() {
                 self.mover.unbind(&range, &mut state.bound);
             }

@@ -142,5 +142,5 @@ fn statistics_count_what_was_done() {
     assert_eq!(sink.seen().len(), 1);
     let m = device.modelled();
     assert_eq!((m.download_ns, m.fault_ns, m.submit_ns, m.remote_ns), (20, 26_000, 30_000, 0));
-    assert_eq!(m.local_ns, ((SZ_64K + 40) as f64 / 456.0).round() as u64);
+    assert_eq!(m.local_ns, ((SZ_64K + 10 * 64) as f64 / 456.0).round() as u64);
 }
