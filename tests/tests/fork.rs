@@ -146,6 +146,49 @@ fn threads_that_fork_together_leave_devices_at_work() {
     });
 }
 
+/// Descriptors of this process that are a userfaultfd.
+fn userfaultfds() -> usize {
+    let open = std::fs::read_dir("/proc/thread-self/fd").unwrap().flatten();
+    open.filter(|fd| {
+        std::fs::read_link(fd.path()).is_ok_and(|to| to.to_string_lossy().contains("userfaultfd"))
+    })
+    .count()
+}
+
+/// A child with the userfaultfd of its sibling would let that one wait for memory without end.
+#[test]
+fn no_child_has_the_descriptor_of_another() {
+    isolated("no_child_has_the_descriptor_of_another", || {
+        let rt = runtime(64 << 20);
+        let (area, mut piece) = Area::filled(LEN, false, &mut Rng::new(43));
+        piece.change(&rt, "before");
+        for threads in [1, 3] {
+            let strangers = AtomicU64::new(0);
+            std::thread::scope(|scope| {
+                for _ in 0..threads {
+                    scope.spawn(|| {
+                        for _ in 0..600 / threads {
+                            let child = fork_child(false, || userfaultfds() == 0);
+                            strangers.fetch_add(
+                                u64::from(child.wait(Duration::from_secs(20)) != 0),
+                                Ordering::Relaxed,
+                            );
+                        }
+                    });
+                }
+                // The threads that read messages are not alone on their processors.
+                let until = Instant::now() + Duration::from_millis(1500);
+                for _ in 0..3 {
+                    scope.spawn(move || while Instant::now() < until {});
+                }
+            });
+            assert_eq!(strangers.into_inner(), 0, "of 600 children by {threads} threads");
+        }
+        drop(area);
+        rt.shutdown();
+    });
+}
+
 /// The kernel tells of a child by a descriptor, for which usvm keeps a number.
 #[test]
 fn a_fork_when_no_descriptor_is_free() {

@@ -5,18 +5,27 @@
 //! ones find them, and stands in a table that [`is_kept`] reads. The preload library asks it when the program closes
 //! descriptors that it did not open (daemons, sandboxes).
 //!
+//! A forked child closes what is in the table. A child's userfaultfd that it did not close would be one that its sibling,
+//! whose it is, waits for without end. So none is outside the table while a fork copies the descriptors: one that arrives
+//! is waited for ([`Arrival`]), one that goes stays until the fork is over, and one thread forks after the other.
+//!
 //! # Locking
-//! None: one atomic word for each place in the table. [`is_kept`] may be called anywhere, also in signal handlers.
+//! For the table none: one atomic word for each place. [`is_kept`] may be called anywhere, also in signal handlers. The
+//! lock of what stays until a fork is over is innermost and never held over one.
 //!
 //! # Limits
 //! The table has [`PLACES`] places; a descriptor beyond them works and is not protected. A forked child closes what is
-//! in the table, see `close_all_in_child`.
+//! in the table, see `close_all_in_child`. Forks without handlers (a raw clone) that two threads do at one time are not
+//! kept apart; neither are forks that take longer than [`PATIENCE`].
 //!
 //! # Safety
 //! Closes descriptors by number in a forked child, where nobody uses their owners any more.
 #![allow(unsafe_code)]
 
-use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
+use std::cell::Cell;
+use std::sync::atomic::{AtomicI32, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::ground::inject::{self, Call};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -34,7 +43,7 @@ static COUNT: AtomicUsize = AtomicUsize::new(0);
 
 /// A descriptor of usvm's own.
 #[derive(Debug)]
-pub struct Kept(OwnedFd);
+pub struct Kept(Option<OwnedFd>);
 
 impl Kept {
     /// Gives `fd` a high number, if there is one, and protects it.
@@ -51,14 +60,25 @@ impl Kept {
         if KEPT.iter().find(free).is_some() {
             COUNT.fetch_add(1, Ordering::Release);
         }
-        Self(fd)
+        Self(Some(fd))
+    }
+
+    /// Closes it at once, also beside a fork: for one that does no harm in a child.
+    pub(crate) fn close_now(mut self) {
+        if let Some(fd) = self.0.take() {
+            release(fd);
+        }
+    }
+
+    fn fd(&self) -> &OwnedFd {
+        self.0.as_ref().expect("there until it is dropped")
     }
 }
 
 impl Kept {
     /// The bare number, for an owner who closes it himself and says [`forget`] before.
     pub(crate) fn into_number(self) -> RawFd {
-        let number = self.0.as_raw_fd();
+        let number = self.fd().as_raw_fd();
         std::mem::forget(self);
         number
     }
@@ -66,14 +86,103 @@ impl Kept {
 
 impl AsFd for Kept {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.fd().as_fd()
     }
 }
 
 impl Drop for Kept {
     fn drop(&mut self) {
-        // Before it is closed: afterwards the number may be the program's.
-        forget(self.0.as_raw_fd());
+        let Some(fd) = self.0.take() else { return };
+        let mut gate = gate();
+        if gate.forking > 0 {
+            gate.late.push(fd);
+        } else {
+            release(fd);
+        }
+    }
+}
+
+fn release(fd: OwnedFd) {
+    // Before it is closed: afterwards the number may be the program's.
+    forget(fd.as_raw_fd());
+}
+
+/// What forks and descriptors that go have to do with each other.
+struct Gate {
+    /// Threads between their fork's first handler and its last.
+    forking: u32,
+    /// What was dropped meanwhile.
+    late: Vec<OwnedFd>,
+}
+
+static GATE: Mutex<Gate> = Mutex::new(Gate { forking: 0, late: Vec::new() });
+/// Threads that may be given a descriptor by the kernel just now.
+static ARRIVING: AtomicU32 = AtomicU32::new(0);
+
+thread_local! {
+    static FORKS: Cell<bool> = const { Cell::new(false) };
+}
+
+/// How long a fork waits for another one, and then for what arrives. Both take microseconds, if their threads run.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+fn gate() -> MutexGuard<'static, Gate> {
+    GATE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// While this lives the calling thread may be given a descriptor that is not yet [`Kept`].
+pub(crate) struct Arrival(());
+
+impl Arrival {
+    pub(crate) fn new() -> Self {
+        ARRIVING.fetch_add(1, Ordering::SeqCst);
+        Self(())
+    }
+}
+
+impl Drop for Arrival {
+    fn drop(&mut self) {
+        ARRIVING.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// Lets the calling thread fork, if no other does, or anyhow if it does not wait for that.
+fn take_turn(waits: bool) -> bool {
+    let mut gate = gate();
+    let turn = gate.forking == 0 || !waits;
+    gate.forking += u32::from(turn);
+    turn
+}
+
+/// The calling thread is about to fork.
+pub(crate) fn before_fork() {
+    let wait = |since: Instant| {
+        std::thread::sleep(Duration::from_micros(20));
+        since.elapsed() < PATIENCE
+    };
+    let begun = Instant::now();
+    // A fork inside a handler of a fork has its turn already.
+    if !FORKS.get() {
+        let mut waits = true;
+        while !take_turn(waits) {
+            waits = wait(begun);
+        }
+        FORKS.set(true);
+    }
+    // Whatever the forks before this one brought was read before they returned.
+    let begun = Instant::now();
+    while ARRIVING.load(Ordering::SeqCst) > 0 && wait(begun) {}
+}
+
+/// The calling thread has forked, or could not.
+pub(crate) fn after_fork() {
+    if !FORKS.replace(false) {
+        return;
+    }
+    let mut gate = gate();
+    gate.forking -= 1;
+    if gate.forking == 0 {
+        gate.late.drain(..).for_each(release);
     }
 }
 
@@ -122,6 +231,19 @@ pub(crate) unsafe fn close_all_in_child() {
         }
     }
     COUNT.store(0, Ordering::Release);
+}
+
+/// In a child nobody forks and nothing arrives.
+///
+/// # Safety
+/// For the only thread of a child right after fork.
+pub(crate) unsafe fn forget_forks() {
+    ARRIVING.store(0, Ordering::SeqCst);
+    FORKS.set(false);
+    // SAFETY: no other thread exists, and this one does not hold the lock. What is in there is closed, and not dropped.
+    unsafe {
+        std::ptr::write((&raw const GATE).cast_mut(), Mutex::new(Gate { forking: 0, late: Vec::new() }))
+    };
 }
 
 #[cfg(test)]

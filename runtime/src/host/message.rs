@@ -25,7 +25,7 @@
 use super::sys;
 use crate::ground::addr::Span;
 use crate::ground::error::{Errno, Error, Result};
-use crate::ground::fds::Kept;
+use crate::ground::fds::{Arrival, Kept};
 use linux_raw_sys::general as uapi;
 use rustix::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -192,12 +192,14 @@ impl Channel {
         let before = out.len();
         let mut buf = [0u8; BATCH * MESSAGE];
         loop {
-            let read = {
+            let (read, _arrival) = {
                 let _gate = self.stop_flips();
+                // A fork brings the child's descriptor.
+                let arrival = Arrival::new();
                 let read = sys::read(&self.uffd, &mut buf);
                 let events = read.as_ref().map_or(0, |len| events_in(&buf[..*len]));
                 self.unhandled.fetch_add(events, Ordering::AcqRel);
-                read
+                (read, arrival)
             };
             let len = match read {
                 Ok(len) => len,
@@ -220,7 +222,7 @@ impl Channel {
 
     /// Whether there is a free number now that was usvm's.
     fn give_spare(&self) -> bool {
-        self.spare().take().is_some()
+        self.spare().take().map(Kept::close_now).is_some()
     }
 
     /// Takes a number again, when the child's is closed.
@@ -235,6 +237,7 @@ impl Channel {
 /// Appends all messages queued on `uffd`, another process's, to `out`.
 pub(super) fn read_from(uffd: BorrowedFd<'_>, out: &mut Vec<Message>) -> sys::Result<()> {
     let mut buf = [0u8; BATCH * MESSAGE];
+    let _arrival = Arrival::new();
     loop {
         match sys::read(uffd, &mut buf) {
             Ok(len) => out.extend(buf[..len].chunks_exact(MESSAGE).filter_map(decode)),

@@ -633,9 +633,11 @@ fn before_fork() {
             }
         }
     });
+    fds::before_fork();
 }
 
 fn after_fork() {
+    fds::after_fork();
     with_current(|inner| {
         // One that another thread has started since was not frozen.
         let frozen = FROZEN.replace(ptr::null());
@@ -653,6 +655,8 @@ fn after_fork() {
 #[allow(unsafe_code)]
 fn in_child() {
     let mut had_one = false;
+    // SAFETY: a handler of fork, in the child: no other thread exists.
+    unsafe { fds::forget_forks() };
     with_current(|inner| {
         inner.state.store(IN_A_CHILD, Ordering::Release);
         inner.host.close();
