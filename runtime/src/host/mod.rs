@@ -462,6 +462,10 @@ impl HostMemory for Host {
         self.channel.is_changing() || sys::uffd_is_changing(self.channel.uffd())
     }
 
+    fn refuses_while_changing(&self) -> bool {
+        self.has(Features::MOVE)
+    }
+
     fn present(&self, span: Span) -> PageMask {
         // When nobody can tell, every page may be there: a flip then fails, and nothing is taken for a hole.
         self.present_or(span, PageMask::first(span.pages()))

@@ -27,6 +27,11 @@ use crate::space::ports::{FlipError, FlipStop, Shadow, VmaKind};
 use std::sync::PoisonError;
 
 impl Host {
+    /// Whether the kernel has changed mappings and not told of it yet.
+    pub fn has_more_to_tell(&self) -> bool {
+        sys::uffd_is_changing(self.channel.uffd())
+    }
+
     /// Whether a REMAP event comes from usvm's own flip. Each is told once.
     pub fn is_own_remap(&self, from: u64, to: u64) -> bool {
         let mut own = self.own_remaps.lock().unwrap_or_else(PoisonError::into_inner);
@@ -37,6 +42,11 @@ impl Host {
             }
             None => false,
         }
+    }
+
+    /// As [`Host::is_own_remap`], and it is not told yet.
+    pub fn is_to_own_place(&self, from: u64, to: u64) -> bool {
+        self.own_remaps.lock().unwrap_or_else(PoisonError::into_inner).contains(&(from, to))
     }
 
     /// [`crate::space::ports::HostMemory::flip_out`] by mremap.

@@ -50,7 +50,7 @@ use std::time::{Duration, Instant};
 
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
-use crate::ground::addr::{SZ_4K, align_down};
+use crate::ground::addr::{SZ_4K, Span, align_down};
 use crate::ground::error::Result;
 use crate::ground::fds::Kept;
 use crate::ground::inject::{self, Call};
@@ -66,6 +66,19 @@ const LATE: Duration = Duration::from_millis(100);
 
 /// Faults whose threads are counted.
 const RECENT: usize = 16;
+
+/// How long a move is put off for others' events, which their threads have still to tell.
+const LATEST: Duration = Duration::from_millis(500);
+/// Between two looks for these.
+const MOMENT: Duration = Duration::from_micros(50);
+
+/// Whether `event` tells the end of the old place of the move `before`.
+fn ends(before: &Message, event: &Message) -> bool {
+    match (before, event) {
+        (Message::Remap { from, len, .. }, Message::Unmap(span)) => Span::sized(*from, *len) == *span,
+        _ => false,
+    }
+}
 
 /// One fault that waits.
 #[derive(Debug, Clone, Copy)]
@@ -148,6 +161,8 @@ pub struct Service {
     reader: Mutex<Company>,
     /// Messages that were read and not handled yet, in order.
     unhandled: Mutex<VecDeque<Message>>,
+    /// Old places of moves that were handled, whose end is still to be told.
+    owed: Mutex<Vec<Span>>,
     queue: Mutex<VecDeque<Fault>>,
     spin: Spin,
     /// Whether several threads fault.
@@ -180,6 +195,7 @@ impl Service {
             svm,
             reader: Mutex::default(),
             unhandled: Mutex::new(VecDeque::with_capacity(256)),
+            owed: Mutex::default(),
             queue: Mutex::new(VecDeque::with_capacity(256)),
             spin: Spin::new(spin),
             company: AtomicBool::new(false),
@@ -287,24 +303,7 @@ impl Service {
         self.begun.fetch_add(1, Ordering::AcqRel);
         let read = self.read_on();
         let arrived = Instant::now();
-        let read_on = || self.read_on_meanwhile();
-        while let Some(event) = self.next_event() {
-            let _handling = self.host.channel().handling();
-            match event {
-                Message::Unmap(span) => self.svm.unmapped_meanwhile(span, &read_on),
-                Message::Remove(span) => self.svm.discarded(span, &read_on),
-                Message::Remap { from, to, len } => {
-                    if !self.host.is_own_remap(from, to) {
-                        self.svm.moved(from, to, len, &read_on);
-                    }
-                }
-                Message::Fork(child) => {
-                    (self.on_fork)(child, &read_on);
-                    self.host.channel().renew_spare();
-                }
-                Message::Fault { .. } => unreachable!("it is no event"),
-            }
-        }
+        self.handle_events();
         self.finished.fetch_add(1, Ordering::AcqRel);
         let mut faults = Vec::new();
         self.unhandled().retain(|message| match message {
@@ -332,6 +331,106 @@ impl Service {
         }));
         drop(queue);
         read.map(|_| ())
+    }
+
+    /// Handles all events that were read.
+    ///
+    /// A call's events come one after the other, each when the one before was read, and those of others in between. mremap
+    /// tells of its destination, then of the move, then of the old place, which another thread's mremap may have taken and
+    /// told of by then. So a move to where contents still are, of which their own event has not told, is put off until it
+    /// has; and the old place's end that belongs to a move is not taken for another's.
+    fn handle_events(&self) {
+        let mut put_off: Vec<Message> = Vec::new();
+        let mut since = Instant::now();
+        loop {
+            while !put_off.is_empty() {
+                let late = since.elapsed() > LATEST || !self.more_comes();
+                let Some(next) = self.first_ready(&put_off).or(late.then_some(0)) else { break };
+                let event = put_off.remove(next);
+                self.handle(event);
+            }
+            match self.next_event() {
+                None if put_off.is_empty() => {
+                    // Nobody is in the middle of a call: what is still expected does not come.
+                    let mut owed = self.owed();
+                    if !owed.is_empty() && !self.host.has_more_to_tell() {
+                        owed.clear();
+                    }
+                    return;
+                }
+                None => {
+                    self.read_on_meanwhile();
+                    std::thread::sleep(MOMENT);
+                }
+                Some(event) => {
+                    let waits = put_off.iter().any(|before| ends(before, &event))
+                        || self.is_early(&event) && self.more_comes();
+                    if !waits {
+                        self.handle(event);
+                        continue;
+                    }
+                    if put_off.is_empty() {
+                        since = Instant::now();
+                    }
+                    put_off.push(event);
+                }
+            }
+        }
+    }
+
+    /// The first of the events that were put off for which that is over. The end of an old place follows its move.
+    fn first_ready(&self, put_off: &[Message]) -> Option<usize> {
+        let is_ready = |(at, event): (usize, &Message)| {
+            !put_off[..at].iter().any(|before| ends(before, event)) && !self.is_early(event)
+        };
+        put_off.iter().enumerate().position(is_ready)
+    }
+
+    /// Whether `event` moves something to where other contents still are.
+    fn is_early(&self, event: &Message) -> bool {
+        matches!(event, Message::Remap { from, to, len }
+            if !self.host.is_to_own_place(*from, *to) && self.svm.holds(Span::sized(*to, *len)))
+    }
+
+    /// Whether there are events that were not handled, beside the one in hand.
+    fn more_comes(&self) -> bool {
+        let waits = self.unhandled().iter().any(|message| !matches!(message, Message::Fault { .. }));
+        waits || self.host.has_more_to_tell()
+    }
+
+    fn handle(&self, event: Message) {
+        let read_on = || self.read_on_meanwhile();
+        let _handling = self.host.channel().handling();
+        match event {
+            Message::Unmap(span) if self.is_owed(span) => {}
+            Message::Unmap(span) => self.svm.unmapped_meanwhile(span, &read_on),
+            Message::Remove(span) => self.svm.discarded(span, &read_on),
+            Message::Remap { from, to, len } => {
+                if !self.host.is_own_remap(from, to) {
+                    // The old place's end is told next, but for MREMAP_DONTUNMAP.
+                    if self.more_comes() {
+                        self.owed().push(Span::sized(from, len));
+                    }
+                    self.svm.moved(from, to, len, &read_on);
+                }
+            }
+            Message::Fork(child) => {
+                (self.on_fork)(child, &read_on);
+                self.host.channel().renew_spare();
+            }
+            Message::Fault { .. } => unreachable!("it is no event"),
+        }
+    }
+
+    /// Whether an unmapping is the end of a move that was handled.
+    fn is_owed(&self, span: Span) -> bool {
+        let mut owed = self.owed();
+        let at = owed.iter().position(|expected| *expected == span);
+        at.map(|at| owed.swap_remove(at)).is_some()
+    }
+
+    fn owed(&self) -> MutexGuard<'_, Vec<Span>> {
+        self.owed.lock().unwrap_or_else(|p| p.into_inner())
     }
 
     /// Takes the first event that was read. Faults stay where [`Service::read_on_meanwhile`] sees them.

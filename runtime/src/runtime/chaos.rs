@@ -188,13 +188,22 @@ impl Prey {
             4..7 => SZ_64K,
             _ => SZ_2M,
         };
-        let shared = self.dice.below(16) == 0;
+        let shared = self.dice.below(16) == 0 && svm.mover.shares();
         let want = Want { chunk: Some(chunk), ..Want::prefetch() };
         let want = match shared {
-            true => Want { access: GpuAccess::Read, bracketed: true, force: Some(Placement::Share), ..want },
+            true => Want {
+                access: GpuAccess::Read,
+                bracketed: true,
+                pin: true,
+                force: Some(Placement::Share),
+                ..want
+            },
             false => want,
         };
-        svm.gpu_access(self.dice.below(devices) as u32, page, SZ_4K, want).ok()?;
+        let pinned = svm.gpu_access(self.dice.below(devices) as u32, page, SZ_4K, want).ok()?;
+        if shared {
+            svm.release(&pinned);
+        }
         self.sent.truncate(MEMORY - 1);
         self.sent.push_front(page);
         Some(if shared { Kind::Share } else { Kind::Send })

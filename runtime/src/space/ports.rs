@@ -125,6 +125,9 @@ pub trait HostMemory: AddressSpace {
     /// Whether some call has changed mappings of which the space does not know yet: its event is unread or not handled.
     fn mappings_change(&self) -> bool;
 
+    /// Whether no page leaves while [`HostMemory::mappings_change`] says so. (Where pages are moved by mremap they do.)
+    fn refuses_while_changing(&self) -> bool;
+
     /// Pages of `span` that are present (not holes, not swapped out is present too).
     fn present(&self, span: Span) -> PageMask;
 

@@ -36,7 +36,7 @@
 //! A range that came back by a flip is not write-tracked: UFFDIO_MOVE maps pages writable at once, and a store between
 //! that instant and the tracking could not be seen. What is kept instead is exact: the parts that did not come back.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::time::Instant;
 
@@ -50,6 +50,8 @@ use crate::space::timeslice::Timeslice;
 pub struct Residency {
     state: Mutex<State>,
     pins: AtomicU32,
+    /// Whether a device may have a copy of it for reading: a hint, for who does not want to lock the state.
+    copied: AtomicBool,
 }
 
 impl Residency {
@@ -83,6 +85,16 @@ impl Residency {
     /// How often it is pinned.
     pub fn pins(&self) -> u32 {
         self.pins.load(Ordering::Acquire)
+    }
+
+    /// A device gets a copy of it for reading.
+    pub fn note_copy(&self) {
+        self.copied.store(true, Ordering::Release);
+    }
+
+    /// Whether a device may have such a copy. Who asks looks at the state next; asked again it says no.
+    pub fn take_copied(&self) -> bool {
+        self.copied.load(Ordering::Acquire) && self.copied.swap(false, Ordering::AcqRel)
     }
 
     /// Whether running work uses the range where it is.

@@ -456,6 +456,10 @@ impl HostMemory for FakeHost {
         self.kernel().changing > 0
     }
 
+    fn refuses_while_changing(&self) -> bool {
+        true
+    }
+
     fn present(&self, span: Span) -> PageMask {
         let k = self.kernel();
         let mut mask = PageMask::EMPTY;

@@ -43,6 +43,14 @@ use released::Released;
 /// A range with its residency.
 pub type Range = SpaceRange<Residency>;
 
+/// A part of a range that mremap took elsewhere and that has not landed yet.
+pub(crate) struct Landing {
+    pub(crate) range: Arc<Range>,
+    pub(crate) pages: PageMask,
+    /// Where the range's span would be now.
+    pub(crate) to: Span,
+}
+
 /// One device and the order in which its memory was used.
 pub(crate) struct Place {
     pub(crate) device: Arc<dyn Device>,
@@ -59,6 +67,8 @@ pub struct Mover {
     retained: AtomicU64,
     released: Released,
     pressed: pressed::Pressed,
+    /// What mremap took elsewhere, until it lands there.
+    pub(crate) landings: Mutex<Vec<Landing>>,
     options: Options,
     epoch: Instant,
 }
@@ -97,6 +107,7 @@ impl Mover {
             retained: AtomicU64::new(0),
             released: Released::default(),
             pressed: pressed::Pressed::default(),
+            landings: Mutex::default(),
             options: Options::default(),
             epoch: Instant::now(),
         }
@@ -107,6 +118,11 @@ impl Mover {
     pub fn with(mut self, options: Options) -> Self {
         self.options = options;
         self
+    }
+
+    /// Whether ranges may be valid on both sides at once.
+    pub fn shares(&self) -> bool {
+        self.options.share
     }
 
     /// How long the range must still stay on the device.

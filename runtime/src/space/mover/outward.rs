@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Mover, Range, changed};
-use crate::ground::addr::{PageMask, SZ_4K};
+use crate::ground::addr::{PageMask, SZ_4K, Span};
 use crate::ground::error::{Error, Result};
 use crate::observe::stats::{Cause, Counter, Direction};
 use crate::space::order::Class;
@@ -92,6 +92,9 @@ impl Mover {
             dev.upload(bo, shadow, (first as u64) * SZ_4K, (count as u64) * SZ_4K)?;
         }
         let holes = wanted.minus(&flipped);
+        if self.may_be_landings(span, &holes) {
+            return Err(changed());
+        }
         for (first, count) in holes.runs() {
             dev.clear(bo, (first as u64) * SZ_4K, (count as u64) * SZ_4K)?;
         }
@@ -111,6 +114,21 @@ impl Mover {
         m.slice.arrive(&self.options.stay, self.epoch.elapsed());
         self.observer.migrated(Direction::ToDevice, cause, span, copied, saved, device, started);
         Ok(())
+    }
+
+    /// Whether contents are to land in `span`. Also when that cannot be told now.
+    pub fn awaits_landings(&self, span: Span) -> bool {
+        let Ok(landings) = self.landings.try_lock() else { return true };
+        landings.iter().any(|l| !l.pages.and(&PageMask::of(l.to, span)).is_empty())
+    }
+
+    /// Whether holes were perhaps what mremap has brought and what is still to land: the flip asks the kernel only for pages
+    /// that are there. Its event is not handled, or it waits to land, or it has landed since; asked in this order.
+    fn may_be_landings(&self, span: Span, holes: &PageMask) -> bool {
+        !holes.is_empty()
+            && (self.host.mappings_change()
+                || self.awaits_landings(span)
+                || !self.host.present(span).and(holes).is_empty())
     }
 
     /// Puts strayed pages back where the application left them, as far as the kernel lets.

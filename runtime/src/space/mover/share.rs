@@ -1,6 +1,7 @@
 //! Read-only copies on a device of ranges that stay at home.
 //!
-//! Writes are tracked first and the copy is made afterwards, so that no store can fall between.
+//! Writes are tracked first and the copy is made afterwards, so that no store can fall between. A device may read a copy
+//! only while work that announced it runs: afterwards the program may write, and whoever faults gets what is true then.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -92,10 +93,28 @@ impl Mover {
             }
         }
         m.shared = true;
+        range.data.note_copy();
         let copied = bytes(&copying);
         let saved = bytes(&present.minus(&pages));
         self.observer.migrated(Direction::ToDevice, cause, span, copied, saved, device, started);
         Ok(())
+    }
+
+    /// The range's last use has ended: the device must not find its copy any more, which may be out of date at once. The next
+    /// use brings it up to date.
+    pub fn used(&self, range: &Arc<Range>) {
+        if !range.data.take_copied() {
+            return;
+        }
+        let mut state = range.data.lock();
+        let State { bound, moved: Some(moved), .. } = &mut *state else { return };
+        if !moved.shared {
+            return;
+        }
+        range.data.note_copy();
+        if !range.data.is_pinned() {
+            self.unbind(range, bound);
+        }
     }
 
     /// Gives up a shared range's copy; the application has the truth already.

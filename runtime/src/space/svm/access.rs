@@ -66,7 +66,10 @@ impl Svm {
     pub fn release(&self, pinned: &[Arc<Range>]) {
         let mut last = false;
         for range in pinned {
-            last |= range.data.unpin();
+            if range.data.unpin() {
+                last = true;
+                self.mover.used(range);
+            }
         }
         if last {
             self.mover.released().announce();
@@ -279,7 +282,9 @@ impl Svm {
             true => self.beside_others(&range, &state, device, want, placement)?,
             false => placement,
         };
-        if placement != Placement::Remote && self.being_dropped(range.span()) {
+        if placement != Placement::Remote
+            && (self.being_dropped(range.span()) || mover.awaits_landings(range.span()))
+        {
             return Ok(None);
         }
         let to_migrate = state.is_home() && placement == Placement::Migrate;

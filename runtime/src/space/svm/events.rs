@@ -7,12 +7,12 @@
 use std::sync::{Arc, MutexGuard};
 use std::time::Instant;
 
-use super::{DROPPING, Landing, Svm, back_off};
+use super::{DROPPING, Svm, back_off};
 use crate::ground::addr::{PageMask, Span};
 use crate::ground::error::{Error, Result};
 use crate::observe::stats::Cause;
 use crate::observe::watch::Change;
-use crate::space::mover::Range;
+use crate::space::mover::{Landing, Range};
 use crate::space::residency::State;
 use crate::space::{Event, EventKind};
 
@@ -109,17 +109,18 @@ impl Svm {
     /// may be waiting for an event of its own to be read.
     pub fn unmapped_meanwhile(&self, span: Span, read_on: &dyn Fn()) {
         self.mover.observer.watch.tell(Change::Unmapped, span);
-        self.abandon_landings(span, read_on);
+        // What is to land here may have come after: its mapping is registered then, for it took that along.
+        self.abandon_landings(span, &|to| self.mover.host.registered(to), read_on);
         let mut kept = Vec::new();
         for range in self.invalidate(EventKind::Unmap, span) {
             let mut state = lock_meanwhile(&range, read_on);
             let part = range.span().intersect(span).unwrap_or(range.span());
-            // An event may be older than the mapping that stands there now and has gone to the device already: a mapping
-            // is only ever registered by a migration, so what is registered is the newer one's. The garbage collector
-            // brings that home.
             let newer = self.mover.host.registered(part);
+            // Whatever is away was there before: while an event is under way nothing leaves. (Without UFFDIO_MOVE it can:
+            // then what is registered is a newer mapping's, and the garbage collector brings it home.)
+            let stays = if self.mover.host.refuses_while_changing() { PageMask::EMPTY } else { newer };
             let mut gone = PageMask::EMPTY;
-            for (first, count) in PageMask::first(part.pages()).minus(&newer).runs() {
+            for (first, count) in PageMask::first(part.pages()).minus(&stays).runs() {
                 let run = part.page_run(first, count);
                 gone = gone.or(&PageMask::of(range.span(), run));
             }
@@ -148,7 +149,7 @@ impl Svm {
     pub fn discarded(&self, span: Span, read_on: &dyn Fn()) {
         self.mover.observer.watch.tell(Change::Dropped, span);
         self.dropping().push((span, Instant::now()));
-        self.abandon_landings(span, read_on);
+        self.abandon_landings(span, &none, read_on);
         for range in self.invalidate(EventKind::Clear, span) {
             let mut state = lock_meanwhile(&range, read_on);
             self.mover.unshare_copy(&range, &mut state);
@@ -167,7 +168,7 @@ impl Svm {
         let shift = to.wrapping_sub(from);
         self.unmapped_ranges_only(Span::sized(to, len), read_on);
         self.mover.host.moved(from, to, len);
-        self.abandon_landings(Span::sized(to, len), read_on);
+        self.abandon_landings(Span::sized(to, len), &none, read_on);
         let mut landings = self.landings();
         shift_landings(&mut landings, old, shift);
         for range in self.invalidate(EventKind::Unmap, old) {
@@ -192,13 +193,25 @@ impl Svm {
         }
     }
 
-    /// What was to land in `span` is nobody's any more.
-    fn abandon_landings(&self, span: Span, read_on: &dyn Fn()) {
+    /// What was to land in `span` is nobody's any more, but for what `kept` says of a landing's place.
+    fn abandon_landings(&self, span: Span, kept: &dyn Fn(Span) -> PageMask, read_on: &dyn Fn()) {
         for landing in self.landings().iter_mut().filter(|landing| landing.to.overlaps(span)) {
-            let gone = landing.pages.and(&PageMask::of(landing.to, span));
+            let gone = landing.pages.and(&PageMask::of(landing.to, span)).minus(&kept(landing.to));
             self.mover.abandon(&landing.range, &mut lock_meanwhile(&landing.range, read_on), &gone);
             landing.pages = landing.pages.minus(&gone);
         }
+    }
+
+    /// Whether anything of `span` is away, or is to land there.
+    pub fn holds(&self, span: Span) -> bool {
+        let is_away = |range: &Arc<Range>| {
+            let state = range.data.try_lock();
+            state.is_none_or(|state| {
+                let away = state.moved.as_ref().map_or(PageMask::EMPTY, |m| m.vram.or(&m.strayed));
+                !away.and(&PageMask::of(range.span(), span)).is_empty()
+            })
+        };
+        self.mover.awaits_landings(span) || self.space.ranges_in(span).iter().any(is_away)
     }
 
     fn dropping(&self) -> MutexGuard<'_, Vec<(Span, Instant)>> {
@@ -216,12 +229,12 @@ impl Svm {
     }
 
     pub(super) fn landings(&self) -> MutexGuard<'_, Vec<Landing>> {
-        self.landings.lock().unwrap_or_else(|p| p.into_inner())
+        self.mover.landings.lock().unwrap_or_else(|p| p.into_inner())
     }
 
     /// Also when that cannot be told now.
     pub(super) fn awaits_landing(&self, page: u64) -> bool {
-        let Ok(landings) = self.landings.try_lock() else { return true };
+        let Ok(landings) = self.mover.landings.try_lock() else { return true };
         landings.iter().any(|l| l.to.contains(page) && l.pages.get(l.to.page_index(page)))
     }
 
@@ -235,6 +248,11 @@ impl Svm {
         });
         landings.is_empty()
     }
+}
+
+/// Nothing is kept.
+fn none(_: Span) -> PageMask {
+    PageMask::EMPTY
 }
 
 /// What was to land in `old` lands `shift` further: mremap moved its place before it arrived.

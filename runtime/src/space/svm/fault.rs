@@ -136,7 +136,7 @@ impl Svm {
     /// needs its registration: then only the page is filled.
     fn hole(&self, span: Span, page: u64) -> Served {
         // Landings come before a range's state in the order of locks: only tried.
-        let Ok(landings) = self.landings.try_lock() else { return Served::Retry(Wait::Lock) };
+        let Ok(landings) = self.mover.landings.try_lock() else { return Served::Retry(Wait::Lock) };
         if landings.iter().any(|l| l.to.overlaps(span)) {
             drop(landings);
             return if self.awaits_landing(page) { Served::Retry(Wait::Events) } else { self.zero(page) };

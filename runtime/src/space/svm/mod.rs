@@ -29,7 +29,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::{Duration, Instant};
 
-use crate::ground::addr::{PageMask, Span};
+use crate::ground::addr::Span;
 use crate::ground::error::Result;
 use crate::observe::stats::{Cause, Counter};
 use crate::space::mover::{Mover, Range};
@@ -147,14 +147,6 @@ pub enum Wait {
     Slice(Duration),
 }
 
-/// A part of a range that mremap took elsewhere and that has not landed yet.
-struct Landing {
-    range: Arc<Range>,
-    pages: PageMask,
-    /// Where the range's span would be now.
-    to: Span,
-}
-
 /// The running whole of space, mover and policy.
 pub struct Svm {
     /// The bookkeeping.
@@ -165,7 +157,6 @@ pub struct Svm {
     pub advices: Advices,
     ctx: Ctx,
     served: EverServed,
-    landings: Mutex<Vec<Landing>>,
     /// Spans whose contents the kernel is about to drop, and when it said so.
     dropping: Mutex<Vec<(Span, Instant)>>,
     /// Above zero while a fork is prepared: nothing goes to a device. Each try of a device access holds it for read.
@@ -183,7 +174,6 @@ impl Svm {
             advices: Advices::default(),
             ctx: Ctx { devmem_possible: true, check_pages_threshold, ..Ctx::default() },
             served: EverServed::default(),
-            landings: Mutex::default(),
             dropping: Mutex::default(),
             frozen: RwLock::new(0),
             closed: AtomicBool::new(false),
