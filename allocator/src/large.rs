@@ -276,7 +276,10 @@ pub(crate) unsafe fn resize(arena: Option<Arena>, block: *mut u8, size: usize, a
         }
         let new = alloc(arena, size, align, false);
         if !new.is_null() {
-            let moved = spans::move_pages(block, new, old);
+            let Some(moved) = spans::move_pages(block, new, old) else {
+                // Nobody can use the new block: it is never freed.
+                return ptr::null_mut();
+            };
             ptr::copy_nonoverlapping(block.add(moved), new.add(moved), old - moved);
             free(block);
         }

@@ -204,43 +204,47 @@ unsafe fn advise(at: *mut u8, size: usize, advice: libc::c_int) -> bool {
 
 /// Moves the pages of `[from, from + size)` to `to`, where they replace what was there, and says how many bytes, counted from
 /// `from`, were moved; these read as zero there afterwards. The others are as they were, and what is at their new place is
-/// not worth keeping any more.
+/// not worth keeping any more. `None` if `to` can be used for nothing from now on: then all is as it was at `from`.
 ///
 /// What a device used is registered with userfaultfd, so a block can be several mappings. Up to Linux 6.16 mremap refuses
-/// these; since then it moves those that come before the first registered one, and then says EFAULT. How far it came is seen
-/// at the destination, which cannot be read before something is moved there.
+/// these; since then it moves one after the other up to one that it cannot move (EFAULT for the first registered one, ENOMEM
+/// where there are too many mappings). How far it came is seen at the destination, which cannot be read before something is
+/// moved there.
 ///
 /// # Safety
 /// Both are whole pages of spans that the caller took; they do not overlap, and nobody uses them meanwhile.
-pub(crate) unsafe fn move_pages(from: *mut u8, to: *mut u8, size: usize) -> usize {
+pub(crate) unsafe fn move_pages(from: *mut u8, to: *mut u8, size: usize) -> Option<usize> {
+    const ALL: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
     // SAFETY: the caller's contract.
     if !unsafe { protect(to, size, libc::PROT_NONE) } {
-        return 0;
+        // What it refuses it may have done for the first mappings.
+        // SAFETY: the caller's contract.
+        return unsafe { protect(to, size, ALL) }.then_some(0);
     }
     let mut maps = None;
     let (mut moved, mut end, mut tries) = (0, size, 0);
-    while moved < size && tries < MOVE_TRIES {
+    while tries < MOVE_TRIES {
         // SAFETY: the caller's contract, for a part of each.
         let refused = unsafe { remap(from.add(moved), to.add(moved), end - moved) };
-        match refused {
-            None => (moved, tries) = (end, 0),
-            Some(libc::EFAULT) => {}
-            Some(_) => break,
+        if refused.is_none() {
+            (moved, tries) = (end, 0);
         }
         if moved == size {
             break;
         }
-        // From here on one mapping at a time.
         let maps = maps.get_or_insert_with(Maps::open).as_ref();
-        match maps.and_then(|maps| maps.mapping(to.addr() + moved)) {
-            Some((true, until)) => moved = (until - to.addr()).min(size),
-            Some((false, _)) => {}
-            None => {
-                // SAFETY: the caller's contract.
-                moved = unsafe { arrived(to, moved, size) };
+        if let Some(errno) = refused {
+            // SAFETY: the caller's contract.
+            moved = unsafe {
+                let moved = arrived(maps, to, moved, size);
+                fill(to.add(moved), end.saturating_sub(moved));
+                moved
+            };
+            if moved == size || errno != libc::EFAULT {
                 break;
             }
         }
+        // From here on one mapping at a time.
         let Some((_, until)) = maps.and_then(|maps| maps.mapping(from.addr() + moved)) else { break };
         end = (until - from.addr()).min(size);
         tries += 1;
@@ -248,36 +252,69 @@ pub(crate) unsafe fn move_pages(from: *mut u8, to: *mut u8, size: usize) -> usiz
     if moved > 0 {
         changed::note(changed::Kind::Moved, from, moved);
     }
-    if moved < size {
-        const ALL: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: the caller's contract; where nothing came everything is as before, but for the contents.
-        let opened = unsafe { libc::syscall(libc::SYS_mprotect, to.add(moved), size - moved, ALL) };
-        if opened != 0 {
-            // It needs no memory and no new mapping, so it does not fail; and a block that cannot be used must not be given out.
-            std::process::abort();
+    // SAFETY: the caller's contract; where nothing came everything is as before, but for the contents. What came can be read,
+    // and its old place is still there.
+    unsafe {
+        if moved < size && !protect(to.add(moved), size - moved, ALL) {
+            ptr::copy_nonoverlapping(to, from, moved);
+            drop_pages(to, moved);
+            return None;
         }
     }
-    moved
+    Some(moved)
 }
 
-/// How many bytes at the beginning of `[to, to + size)`, of which the first `from` are there, can be read: by halves, for
-/// when the kernel does not tell (no descriptor is free, or it is older than that question). A page that is read on the
-/// way is fetched.
+/// How many bytes at the beginning of `[to, to + size)`, of which the first `from` are there, can be read: the rest was made
+/// unreadable before anything was moved.
 ///
 /// # Safety
 /// The bytes belong to a span that the caller took.
-unsafe fn arrived(to: *mut u8, from: usize, size: usize) -> usize {
+unsafe fn arrived(maps: Option<&Maps>, to: *mut u8, mut from: usize, size: usize) -> usize {
+    while from < size {
+        match maps.and_then(|maps| maps.mapping(to.addr() + from)) {
+            Some((true, until)) => from = (until - to.addr()).min(size),
+            Some((false, _)) => break,
+            // SAFETY: the caller's contract.
+            None => return unsafe { arrived_by_halves(to, from, size) },
+        }
+    }
+    from
+}
+
+/// As [`arrived`], for when the kernel does not tell (no descriptor is free, or it is older than that question). A page that
+/// is read on the way is fetched.
+///
+/// # Safety
+/// As [`arrived`].
+unsafe fn arrived_by_halves(to: *mut u8, from: usize, size: usize) -> usize {
     const PAGE: usize = 4096;
     let (mut there, mut not) = (from / PAGE, size / PAGE);
     while there < not {
         let middle = there + (not - there) / 2;
-        // SAFETY: reads a page at most, and changes nothing.
-        let read = unsafe {
-            libc::syscall(libc::SYS_madvise, to.add(middle * PAGE), PAGE, libc::MADV_POPULATE_READ)
-        };
-        if read == 0 { there = middle + 1 } else { not = middle }
+        // SAFETY: inside the bytes.
+        if unsafe { readable(to.add(middle * PAGE), PAGE) } { there = middle + 1 } else { not = middle }
     }
     there * PAGE
+}
+
+/// Whether there is a mapping that may be read, even if there is no memory for it now.
+///
+/// # Safety
+/// The page belongs to a span that the caller took.
+unsafe fn readable(page: *mut u8, size: usize) -> bool {
+    let mut resident = 0u8;
+    // SAFETY: reads a page at most, and changes nothing; there is a byte for the one page.
+    unsafe {
+        if libc::syscall(libc::SYS_madvise, page, size, libc::MADV_POPULATE_READ) == 0 {
+            return true;
+        }
+        match last_error() {
+            libc::EINVAL => false,
+            // No memory, or no mapping.
+            libc::ENOMEM => libc::syscall(libc::SYS_mincore, page, size, &raw mut resident) == 0,
+            _ => true,
+        }
+    }
 }
 
 /// mremap(2) of `size` bytes to `to`. The errno if the system refused.
@@ -293,6 +330,18 @@ unsafe fn remap(from: *mut u8, to: *mut u8, size: usize) -> Option<libc::c_int> 
     // SAFETY: the caller's contract.
     let moved = unsafe { libc::syscall(libc::SYS_mremap, from, size, size, HOW, to) };
     (moved == -1).then(last_error)
+}
+
+/// Puts address space without access where there is none at all: before Linux 6.17 mremap takes the destination away first
+/// and refuses afterwards.
+///
+/// # Safety
+/// The bytes belong to a span that the caller took.
+unsafe fn fill(at: *mut u8, size: usize) {
+    const HOW: libc::c_int =
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE;
+    // SAFETY: nothing is replaced; where something is, it is refused.
+    unsafe { libc::syscall(libc::SYS_mmap, at, size, libc::PROT_NONE, HOW, -1, 0) };
 }
 
 /// Tries to move one piece while others divide it.

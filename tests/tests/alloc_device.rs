@@ -210,6 +210,32 @@ fn a_large_block_grows_of_which_the_device_used_a_part() {
     });
 }
 
+/// Several mappings before the first that the kernel cannot move: all of them arrive with the first call.
+#[test]
+fn a_large_block_grows_that_is_many_mappings() {
+    isolated("a_large_block_grows_that_is_many_mappings", || {
+        let runtime = runtime(Config::default(), &[256 << 20]);
+        let block = Block::new(10 << 20);
+        for mib in [1, 3] {
+            let at = block.ptr().cast::<u8>().wrapping_add(mib << 20).cast();
+            // SAFETY: the block's own pages; huge pages are only a wish.
+            assert_eq!(unsafe { libc::madvise(at, 1 << 20, libc::MADV_NOHUGEPAGE) }, 0);
+        }
+        let at = block.at + (6 << 20);
+        on_gpu(&runtime, move |gpu| gpu_fill(gpu, at, M2, (6 << 20) / 8, 3)).unwrap();
+        let wall = Block::new(M2);
+        let grown = block.grow(32 << 20);
+        assert_ne!(block.at, grown.at, "it grew in place: this shows nothing");
+        for (i, word) in grown.words().take((10 << 20) / 8).enumerate() {
+            let used = (6 << 20..8 << 20).contains(&(i * 8));
+            let want = if used { value(3, i as u64) } else { i as u64 };
+            assert_eq!(word.load(Ordering::Relaxed), want, "word {i}");
+        }
+        grown.free();
+        wall.free();
+    });
+}
+
 #[test]
 fn threads_allocate_and_free_while_the_device_uses_their_blocks() {
     isolated("threads_allocate_and_free_while_the_device_uses_their_blocks", || {

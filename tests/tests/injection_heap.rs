@@ -218,3 +218,46 @@ fn how_far_a_block_came_is_not_told() {
     let cases = [(Call::Open, libc::EMFILE, true), (Call::ProcmapQuery, libc::ENOTTY, true)];
     all("how_far_a_block_came_is_not_told", &cases);
 }
+
+/// A block of which a part has arrived at a new place that cannot be opened: null, and all is where it was.
+#[test]
+fn a_block_comes_back_from_where_it_cannot_stay() {
+    let name = "a_block_comes_back_from_where_it_cannot_stay";
+    isolated(name, || {
+        let runtime = runtime(Config::default(), &[64 << 20]);
+        for (moves, protects) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+            let words = (8 << 20) / 8;
+            // SAFETY: new blocks; the second leaves room for the first to grow, and the third keeps it from doing so in
+            // place.
+            let (block, room, wall) = unsafe {
+                (usvm_alloc::malloc(words * 8), usvm_alloc::malloc(80 << 20), usvm_alloc::malloc(2 << 20))
+            };
+            let block = Live::new(block, words, 11).unwrap();
+            let wall = Live::new(wall, 4, 1).unwrap();
+            // SAFETY: freed once.
+            unsafe { usvm_alloc::free(room) };
+            // The kernel moves what is before the part that the device used.
+            let at = block.at.expose_provenance() as u64 + (4 << 20);
+            on_gpu(&runtime, move |gpu| gpu.update(at, 2 << 20, |_, _| {})).unwrap();
+            inject::plan_here(Call::Mremap, libc::ENOMEM, moves, 1, 0);
+            inject::plan_here(Call::Mprotect, libc::ENOMEM, protects, 1, 0);
+            // SAFETY: resized once; null leaves it as it was.
+            let grown = unsafe { usvm_alloc::realloc(block.at.cast(), 40 << 20) };
+            let hits = inject::hits(Call::Mprotect);
+            inject::clear();
+            assert!(hits > 0 && grown.is_null(), "{hits} hits after {moves} and {protects}: {grown:p}");
+            block.check(usize::MAX);
+            // As good as before.
+            // SAFETY: as above.
+            let grown = unsafe { usvm_alloc::realloc(block.at.cast(), 48 << 20) };
+            assert!(!grown.is_null());
+            Live { at: grown.cast(), ..block }.check(usize::MAX);
+            // SAFETY: freed once.
+            unsafe {
+                usvm_alloc::free(grown);
+                usvm_alloc::free(wall.at.cast());
+            }
+        }
+        runtime.shutdown();
+    });
+}
