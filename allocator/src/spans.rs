@@ -21,7 +21,6 @@
 
 use crate::changed;
 use linux_raw_sys::general::{procmap_query, procmap_query_flags};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use usvm::ground::inject::{self, Call};
@@ -363,21 +362,29 @@ fn last_error() -> libc::c_int {
 }
 
 /// What the kernel tells of mappings (Linux 6.11). Older kernels are not asked: there mremap moves all or nothing.
-struct Maps(OwnedFd);
+struct Maps(libc::c_int);
+
+impl Drop for Maps {
+    fn drop(&mut self) {
+        // libc's close would end a cancelled thread here.
+        // SAFETY: this value's own descriptor.
+        unsafe { libc::syscall(libc::SYS_close, self.0) };
+    }
+}
 
 impl Maps {
     fn open() -> Option<Self> {
         inject::check(Call::Open).ok()?;
         // SAFETY: opens a file of the kernel's; the descriptor is this value's own.
-        unsafe {
-            let maps = libc::syscall(
+        let maps = unsafe {
+            libc::syscall(
                 libc::SYS_openat,
                 libc::AT_FDCWD,
                 c"/proc/thread-self/maps".as_ptr(),
                 libc::O_CLOEXEC,
-            );
-            (maps >= 0).then(|| Self(OwnedFd::from_raw_fd(maps as libc::c_int)))
-        }
+            )
+        };
+        if maps < 0 { None } else { Some(Self(maps as libc::c_int)) }
     }
 
     /// Whether the mapping that holds `at` can be read, and where it ends; `None` if there is none, or no answer.
@@ -390,7 +397,7 @@ impl Maps {
         const QUERY: libc::c_ulong =
             3 << 30 | (size_of::<procmap_query>() as libc::c_ulong) << 16 | (b'f' as libc::c_ulong) << 8 | 17;
         // SAFETY: PROCMAP_QUERY with its structure, which the kernel fills in; no name is asked for.
-        let asked = unsafe { libc::syscall(libc::SYS_ioctl, self.0.as_raw_fd(), QUERY, &raw mut query) };
+        let asked = unsafe { libc::syscall(libc::SYS_ioctl, self.0, QUERY, &raw mut query) };
         let readable = procmap_query_flags::PROCMAP_QUERY_VMA_READABLE as u64;
         (asked == 0).then_some((query.vma_flags & readable != 0, query.vma_end as usize))
     }

@@ -236,6 +236,37 @@ fn a_large_block_grows_that_is_many_mappings() {
     });
 }
 
+/// realloc is no place where a cancelled thread ends, however it finds out how far a block came.
+#[test]
+fn a_cancelled_thread_does_not_end_in_realloc() {
+    unsafe extern "C" {
+        fn pthread_setcancelstate(state: libc::c_int, old: *mut libc::c_int) -> libc::c_int;
+    }
+    const DISABLE: libc::c_int = 1;
+    isolated("a_cancelled_thread_does_not_end_in_realloc", || {
+        let runtime = runtime(Config::default(), &[64 << 20]);
+        let block = Block::new(8 << 20);
+        let at = block.at + (4 << 20);
+        on_gpu(&runtime, move |gpu| gpu_fill(gpu, at, M2, 0, 3)).unwrap();
+        let wall = Block::new(M2);
+        let thread = std::thread::spawn(move || {
+            // So that it has a heap already.
+            Block::new(64).free();
+            // SAFETY: its own thread, which lets itself be cancelled in realloc only: nothing there would be left undone.
+            unsafe {
+                libc::pthread_cancel(libc::pthread_self());
+                let grown = block.grow(32 << 20);
+                pthread_setcancelstate(DISABLE, &mut 0);
+                grown
+            }
+        });
+        let grown = thread.join().unwrap();
+        assert_ne!(block.at, grown.at, "it grew in place: this shows nothing");
+        grown.free();
+        wall.free();
+    });
+}
+
 #[test]
 fn threads_allocate_and_free_while_the_device_uses_their_blocks() {
     isolated("threads_allocate_and_free_while_the_device_uses_their_blocks", || {
