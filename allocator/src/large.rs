@@ -188,7 +188,7 @@ pub(crate) fn slab(arena: Arena) -> *mut u8 {
 pub(crate) fn free_slab(memory: *mut u8) {
     if !memory.is_null() {
         // SAFETY: made by `slab`; nobody uses it.
-        unsafe { je::sdallocx(memory.cast(), SLAB, je::MALLOCX_ALIGN(SLAB) | PLAIN) }
+        keeping_errno(|| unsafe { je::sdallocx(memory.cast(), SLAB, je::MALLOCX_ALIGN(SLAB) | PLAIN) });
     }
 }
 
@@ -204,8 +204,20 @@ pub(crate) fn bookkeeping(size: usize) -> *mut u8 {
 pub(crate) fn free_bookkeeping(memory: *mut u8) {
     if !memory.is_null() {
         // SAFETY: made by `bookkeeping`; nobody uses it.
-        unsafe { je::dallocx(memory.cast(), PLAIN) }
+        keeping_errno(|| unsafe { je::dallocx(memory.cast(), PLAIN) });
     }
+}
+
+/// Does `what`, on free's account: giving memory back may fail (it is locked), which is nobody's business.
+pub(crate) fn keeping_errno<T>(what: impl FnOnce() -> T) -> T {
+    // SAFETY: the thread's own errno.
+    let errno = unsafe { libc::__errno_location() };
+    // SAFETY: as above.
+    let before = unsafe { *errno };
+    let done = what();
+    // SAFETY: as above.
+    unsafe { *errno = before };
+    done
 }
 
 /// Without its own caches: what is small enough for them comes from slabs.
@@ -246,7 +258,7 @@ pub(crate) fn alloc(arena: Option<Arena>, size: usize, align: usize, zero: bool)
 pub(crate) unsafe fn free(block: *mut u8) {
     if !block.is_null() {
         // SAFETY: the caller's contract.
-        unsafe { je::dallocx(block.cast(), PLAIN) }
+        keeping_errno(|| unsafe { je::dallocx(block.cast(), PLAIN) });
     }
 }
 
@@ -256,7 +268,7 @@ pub(crate) unsafe fn free(block: *mut u8) {
 /// As [`free`].
 pub(crate) unsafe fn free_sized(block: *mut u8, size: usize, align: usize) {
     // SAFETY: the caller's contract.
-    unsafe { je::sdallocx(block.cast(), size, aligned(size, align) | PLAIN) }
+    keeping_errno(|| unsafe { je::sdallocx(block.cast(), size, aligned(size, align) | PLAIN) });
 }
 
 /// Makes a block of jemalloc's `size` bytes large, not 0. Null, with the old block still there, when there is no memory.
@@ -334,5 +346,34 @@ pub(crate) fn knows(block: *const u8) -> bool {
             (&raw mut block).cast(),
             size_of::<*const c_void>(),
         ) == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn free_keeps_errno_where_memory_cannot_be_given_back() {
+        let number = create().expect("an arena");
+        let (name, mut at_once) = (format!("arena.{number}.dirty_decay_ms\0"), 0isize);
+        let arena = je::MALLOCX_ARENA(number as usize) | je::MALLOCX_TCACHE_NONE;
+        // SAFETY: a name and a value as jemalloc documents them; a block that is freed once.
+        unsafe {
+            let set = je::mallctl(
+                name.as_ptr().cast(),
+                ptr::null_mut(),
+                ptr::null_mut(),
+                (&raw mut at_once).cast(),
+                size_of::<isize>(),
+            );
+            assert_eq!(set, 0);
+            let block = alloc(Some(arena), 1 << 20, 1, false);
+            assert_eq!(libc::mlock(block.cast(), 4096), 0);
+            *libc::__errno_location() = 7;
+            free(block);
+            assert_eq!(*libc::__errno_location(), 7);
+            libc::munlock(block.cast(), 4096);
+        }
     }
 }

@@ -135,7 +135,11 @@ pub(crate) unsafe fn free(block: *mut u8) -> bool {
 /// Frees a block of another heap: adds it to this heap's chain, which is handed over when it is long or another slab's turn.
 #[inline(never)]
 unsafe fn free_elsewhere(slab: *mut Slab, granules: u16) {
-    let heap = if has_none() && FREED.get() < FEW { ptr::null_mut() } else { own() };
+    let heap = match has_none() {
+        false => HEAP.get(),
+        true if FREED.get() < FEW => ptr::null_mut(),
+        true => large::keeping_errno(own),
+    };
     // SAFETY: the heap is this thread's; the block is the caller's.
     unsafe {
         if heap.is_null() {
