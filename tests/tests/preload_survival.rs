@@ -280,6 +280,16 @@ fn the_malloc_family() {
 }
 
 #[test]
+fn operators_of_the_programs_own() {
+    let program = compile("ownnew.cc", "ownnew", &["-std=c++17"]);
+    the_same(&program, &[], &[Mode::On, Mode::Chaos(1)], true);
+    the_same(&program, &[], HEAPS, true);
+    let library = compile("localnew.cc", "liblocalnew.so", &["-shared", "-fPIC"]);
+    let program = compile("local.c", "local", &[]);
+    the_same(&program, &[library.to_str().expect("a plain path")], HEAPS, false);
+}
+
+#[test]
 fn the_heap_under_threads_forks_and_signals() {
     for source in ["handlers.c", "forks.c", "threads.c", "closes.c"] {
         let program = compile(source, &format!("{source}-heap"), &[]);

@@ -1,4 +1,4 @@
-// The whole malloc family and C++'s operators: sizes, alignments, contents, errors.
+// The whole malloc family, and C++'s operators, which call it: sizes, alignments, contents, errors.
 #include <cerrno>
 #include <cstdint>
 #include <cstdio>

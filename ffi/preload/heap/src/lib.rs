@@ -2,8 +2,12 @@
 //!
 //! # Overview
 //! A library of its own, because whoever exports `malloc` replaces it: `usvm run` preloads it before libusvm_preload.so
-//! when `USVM_HEAP=1`. It exports the whole family, from `malloc` to C++'s operators and C23's names, over [`usvm_alloc`],
-//! so that the program's blocks lie in 2 MiB spans and freeing a block that is on a device moves nothing.
+//! when `USVM_HEAP=1`. It exports the whole family, from `malloc` to C23's names, over [`usvm_alloc`], so that the program's
+//! blocks lie in 2 MiB spans and freeing a block that is on a device moves nothing.
+//!
+//! C++'s operators are not among them. Those of libstdc++ and libc++ call `malloc`, `aligned_alloc` and `free`, which are the
+//! ones here; and their other forms (arrays, nothrow, with a size) call the plain ones, also where a program has its own:
+//! forms from here would pass those by.
 //!
 //! # Locking
 //! The allocator's.
@@ -13,13 +17,12 @@
 //! `realloc(p, 0)` frees, as the C library's does.
 //!
 //! # Safety
-//! The functions have C's and C++'s contracts, which their callers keep. No function here allocates on its way, so none is
+//! The functions have C's contracts, which their callers keep. No function here allocates on its way, so none is
 //! entered again from itself.
 #![allow(unsafe_code)]
 // The exported functions are the C library's: their contracts are in its manual.
 #![allow(clippy::missing_safety_doc)]
 
-mod operators;
 #[cfg(target_arch = "x86_64")]
 #[path = "../../src/tls.rs"]
 mod tls;
