@@ -281,7 +281,11 @@ pub(crate) unsafe fn resize(arena: Option<Arena>, block: *mut u8, size: usize, a
     unsafe {
         let old = je::malloc_usable_size(block.cast());
         if old < SPAN || size <= old {
-            return je::rallocx(block.cast(), size, flags).cast();
+            let new: *mut u8 = je::rallocx(block.cast(), size, flags).cast();
+            if !new.is_null() && old < SPAN && size >= SPAN {
+                spans::prefer_huge_pages(new, size);
+            }
+            return new;
         }
         if je::xallocx(block.cast(), size, 0, flags) >= size {
             return block;

@@ -1,0 +1,36 @@
+//! Which blocks ask for huge pages, at the beginning of the heap, where small pages are the rule.
+#![allow(missing_docs, unsafe_code)]
+
+/// Whether huge pages were asked for where `block` begins.
+fn asked(block: *const u8) -> bool {
+    let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let mut inside = false;
+    for line in smaps.lines() {
+        let first = line.split(' ').next().unwrap_or_default();
+        if let Some((from, to)) = first.split_once('-') {
+            let bound = |text| usize::from_str_radix(text, 16).unwrap();
+            inside = (bound(from)..bound(to)).contains(&block.addr());
+        } else if inside && first == "VmFlags:" {
+            return line.split(' ').any(|flag| flag == "hg");
+        }
+    }
+    panic!("no mapping holds {block:p}");
+}
+
+#[test]
+fn blocks_of_whole_ranges_ask_for_huge_pages_however_they_came_to_be() {
+    if !std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
+        eprintln!("skipped: this kernel has no huge pages");
+        return;
+    }
+    // SAFETY: blocks are resized and freed once.
+    unsafe {
+        let small = usvm_alloc::malloc(1 << 20);
+        let made = usvm_alloc::malloc(4 << 20);
+        assert!(!asked(small.cast()) && asked(made.cast()));
+        let grown = usvm_alloc::realloc(small, 4 << 20);
+        assert!(asked(grown.cast()), "grown from below");
+        usvm_alloc::free(made);
+        usvm_alloc::free(grown);
+    }
+}
