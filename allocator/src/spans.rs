@@ -16,7 +16,8 @@
 //! A reservation is as large as RLIMIT_AS lets it be (1 TiB down to 64 MiB), and there are at most `MOST` of them.
 //!
 //! # Safety
-//! Every address given out lies in a reservation made here, and is given out once: the cursor only moves forward.
+//! Every address given out lies in a reservation made here, and is given out once: the cursor moves back only over a piece
+//! that could not be opened, and so was given to nobody.
 #![allow(unsafe_code)]
 
 use crate::changed;
@@ -56,18 +57,31 @@ impl Reservation {
         }
     }
 
-    fn cut(&self, size: usize, align: usize) -> Option<usize> {
+    /// The next `size` bytes at a multiple of `align`.
+    fn cut(&self, size: usize, align: usize) -> Option<Cut> {
         let (base, len) = self.get()?;
         let mut used = self.used.load(Ordering::Relaxed);
         loop {
             let at = (base + used).checked_next_multiple_of(align)?;
             let after = at.checked_add(size).filter(|after| *after <= base + len)? - base;
             match self.used.compare_exchange_weak(used, after, Ordering::Relaxed, Ordering::Relaxed) {
-                Ok(_) => return Some(at),
+                Ok(_) => return Some(Cut { at, before: used, after }),
                 Err(now) => used = now,
             }
         }
     }
+
+    /// Takes a piece back that was not opened, if nobody took more meanwhile.
+    fn uncut(&self, cut: &Cut) {
+        let _ = self.used.compare_exchange(cut.after, cut.before, Ordering::Relaxed, Ordering::Relaxed);
+    }
+}
+
+/// A piece of a reservation, and what was used of it before and after.
+struct Cut {
+    at: usize,
+    before: usize,
+    after: usize,
 }
 
 /// Whether `at` lies in memory that was, or may yet be, given out here.
@@ -83,8 +97,12 @@ pub(crate) fn take(size: usize, align: usize) -> Option<*mut u8> {
         if reservation.get().is_none() && !reserve(index, size.checked_add(align)?) {
             return None;
         }
-        if let Some(at) = reservation.cut(size, align.max(SPAN)) {
-            return open(at, size, index == 0 && has_small_pages(at));
+        if let Some(cut) = reservation.cut(size, align.max(SPAN)) {
+            let opened = open(cut.at, size, index == 0 && has_small_pages(cut.at));
+            if opened.is_none() {
+                reservation.uncut(&cut);
+            }
+            return opened;
         }
     }
     None

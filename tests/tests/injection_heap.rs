@@ -261,3 +261,20 @@ fn a_block_comes_back_from_where_it_cannot_stay() {
         runtime.shutdown();
     });
 }
+
+/// Memory that is refused costs no address space: there is room afterwards for more than was ever asked for.
+#[test]
+fn what_cannot_be_opened_is_not_used_up() {
+    isolated("what_cannot_be_opened_is_not_used_up", || {
+        // SAFETY: a new block, freed once.
+        let try_it = || unsafe {
+            let block = usvm_alloc::malloc(256 << 30);
+            usvm_alloc::free(block);
+            !block.is_null()
+        };
+        inject::plan_here(Call::Mprotect, libc::ENOMEM, 0, 1, 0);
+        assert!((0..2000).all(|_| !try_it()));
+        inject::clear();
+        assert!(try_it(), "its address space is gone");
+    });
+}
