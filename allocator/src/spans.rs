@@ -13,7 +13,8 @@
 //! None. The next free address is an atomic; reservations are published in a table of atomics.
 //!
 //! # Limits
-//! A reservation is as large as RLIMIT_AS lets it be (1 TiB down to 64 MiB), and there are at most `MOST` of them.
+//! There are at most `MOST` reservations of at most 1 TiB. Under RLIMIT_AS each is a quarter of the limit at most, unless what
+//! is needed at once is more.
 //!
 //! # Safety
 //! Every address given out lies in a reservation made here, and is given out once: the cursor moves back only over a piece
@@ -33,12 +34,12 @@ pub(crate) const SPAN: usize = 2 << 20;
 const MOST: usize = 64;
 /// The first reservation that is tried; later ones may be smaller.
 const LARGEST: usize = 1 << 40;
-const SMALLEST: usize = 64 << 20;
+const _: () = assert!(LARGEST / SPAN < SPAN);
 /// So much of the heap begins with small pages, so that a small program stays small.
 const SMALL_PAGES: usize = 32 << 20;
 
 struct Reservation {
-    /// Where it begins, a multiple of [`SPAN`], and in the low bits the logarithm of its size; 0 before there is one.
+    /// Where it begins, a multiple of [`SPAN`], and in the low bits its length in spans; 0 before there is one.
     place: AtomicUsize,
     /// Bytes given out.
     used: AtomicUsize,
@@ -53,7 +54,7 @@ impl Reservation {
     fn get(&self) -> Option<(usize, usize)> {
         match self.place.load(Ordering::Acquire) {
             0 => None,
-            place => Some((place & !(SPAN - 1), 1 << (place & (SPAN - 1)))),
+            place => Some((place & !(SPAN - 1), (place & (SPAN - 1)) * SPAN)),
         }
     }
 
@@ -92,12 +93,13 @@ pub(crate) fn owns(at: usize) -> bool {
 
 /// Opens `size` bytes at a multiple of `align` (both powers or multiples of [`SPAN`]); `None` when there is no room.
 pub(crate) fn take(size: usize, align: usize) -> Option<*mut u8> {
-    let size = size.checked_next_multiple_of(SPAN)?;
+    let (size, align) = (size.checked_next_multiple_of(SPAN)?, align.max(SPAN));
+    let least = size.checked_add(align - SPAN)?;
     for (index, reservation) in RESERVATIONS.iter().enumerate() {
-        if reservation.get().is_none() && !reserve(index, size.checked_add(align)?) {
+        if reservation.get().is_none() && !reserve(reservation, least) {
             return None;
         }
-        if let Some(cut) = reservation.cut(size, align.max(SPAN)) {
+        if let Some(cut) = reservation.cut(size, align) {
             let opened = open(cut.at, size, index == 0 && has_small_pages(cut.at));
             if opened.is_none() {
                 reservation.uncut(&cut);
@@ -131,7 +133,7 @@ pub(crate) unsafe fn prefer_huge_pages(at: *mut u8, size: usize) {
 
 /// Zeroed memory of its own, apart from all user memory, that costs nothing until it is written.
 pub(crate) fn zeroed(size: usize) -> Option<*mut u8> {
-    map(size, libc::PROT_READ | libc::PROT_WRITE)
+    map(size, libc::PROT_READ | libc::PROT_WRITE, true)
 }
 
 /// Makes the span usable.
@@ -150,35 +152,44 @@ fn open(at: usize, size: usize, small: bool) -> Option<*mut u8> {
     Some(at)
 }
 
-/// Fills the table's entry `index` with address space for at least `least` bytes. True if the entry is filled, by
+/// Fills the table's entry with address space for at least `least` bytes, whole spans. True if the entry is filled, by
 /// whomever.
-fn reserve(index: usize, least: usize) -> bool {
-    let Some(entry) = RESERVATIONS.get(index) else { return false };
+fn reserve(entry: &Reservation, least: usize) -> bool {
+    if least > LARGEST {
+        return false;
+    }
     let mut size = LARGEST;
-    while size >= SMALLEST.max(least) {
-        if let Some(at) = map(size + SPAN, libc::PROT_NONE) {
-            let at = at.expose_provenance();
-            // Something without access stays in front, so that no mapping of others becomes one with ours: usvm
-            // registers whole mappings.
-            let base = (at + 1).next_multiple_of(SPAN);
-            let place = base | size.trailing_zeros() as usize;
-            if entry.place.compare_exchange(0, place, Ordering::AcqRel, Ordering::Acquire).is_err() {
-                // Another thread was faster.
-                // SAFETY: mapped above; nobody has seen it.
-                unsafe { libc::munmap(ptr::with_exposed_provenance_mut(at), size + SPAN) };
-            }
+    while size >= least {
+        if reserve_as_large(entry, size, true) {
             return true;
         }
         size /= 4;
     }
-    entry.get().is_some()
+    reserve_as_large(entry, least, false) || entry.get().is_some()
 }
 
-/// Address space of its own. Leaves the program at least three quarters of what RLIMIT_AS allows.
-fn map(size: usize, protection: libc::c_int) -> Option<*mut u8> {
+/// [`reserve`] with `size` bytes.
+fn reserve_as_large(entry: &Reservation, size: usize, modest: bool) -> bool {
+    let Some(at) = map(size + SPAN, libc::PROT_NONE, modest) else { return false };
+    let at = at.expose_provenance();
+    // Something without access stays in front, so that no mapping of others becomes one with ours: usvm registers whole
+    // mappings.
+    let base = (at + 1).next_multiple_of(SPAN);
+    let place = base | (size / SPAN);
+    if entry.place.compare_exchange(0, place, Ordering::AcqRel, Ordering::Acquire).is_err() {
+        // Another thread was faster.
+        // SAFETY: mapped above; nobody has seen it.
+        unsafe { libc::munmap(ptr::with_exposed_provenance_mut(at), size + SPAN) };
+    }
+    true
+}
+
+/// Address space of its own. If `modest`, it leaves the program at least three quarters of what RLIMIT_AS allows.
+fn map(size: usize, protection: libc::c_int, modest: bool) -> Option<*mut u8> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the kernel fills the structure.
-    let limited = unsafe { libc::getrlimit(libc::RLIMIT_AS, &raw mut limit) } == 0
+    let limited = modest
+        && unsafe { libc::getrlimit(libc::RLIMIT_AS, &raw mut limit) } == 0
         && limit.rlim_cur != libc::RLIM_INFINITY;
     if limited && size as u64 > limit.rlim_cur / 4 || inject::check(Call::Mmap).is_err() {
         return None;

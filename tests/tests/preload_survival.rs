@@ -233,6 +233,12 @@ fn a_limited_address_space() {
     let limited = format!("ulimit -v 3000000; exec {}", program.display());
     // The shell is under chaos, too, until it execs.
     the_same(Path::new("/bin/sh"), &["-c", &limited], &[Mode::On, Mode::Chaos(1)], true);
+    let program = compile("limited.c", "limited", &[]);
+    for limit in [150_000, 4_000_000] {
+        let limited = format!("ulimit -v {limit}; exec {}", program.display());
+        the_same(Path::new("/bin/sh"), &["-c", &limited], &[Mode::Heap], false);
+    }
+    the_same(Path::new("/bin/sh"), &["-c", "ulimit -v 200000; exec ls /"], &[Mode::Heap], false);
 }
 
 #[test]
