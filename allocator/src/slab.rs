@@ -12,18 +12,26 @@
 //! | `heap`, `links`, `class`, for reading | whoever frees a block of the slab: they stay as they are while it has live blocks |
 //! | `remote`, the links, `mail_next` | any thread, as told at [`Slab::hand_over`] |
 //!
+//! The table can be read up to `TABLE.len`, which grows, and is written after `base` and `records`, and after what it covers
+//! was opened. Who frees a block has seen the length that covers it, for it was there before the block was given out.
+//!
+//! # Limits
+//! Where there is no room for records, and beyond the first reservation, small blocks are jemalloc's own. Whether there can be
+//! slabs again is tried after [`PAUSE`] blocks.
+//!
 //! # Safety
 //! Records are memory that is zero at first and never unmapped; a record of zeroes means that no slab is there. The
 //! stack has `room` entries and is followed by as many links; `room` is at least `capacity`.
 #![allow(unsafe_code)]
 
 use std::ptr;
-use std::sync::atomic::{AtomicPtr, AtomicU16, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU16, AtomicU32, AtomicUsize, Ordering};
 
 use crate::class::{self, CLASSES, GRANULE};
+use crate::large;
 use crate::local::Heap;
 use crate::post::Freed;
-use crate::{large, spans};
+use crate::spans::{self, SPAN};
 
 /// Bytes and alignment of a slab.
 pub(crate) const SLAB: usize = 64 << 10;
@@ -32,6 +40,10 @@ const SHIFT: u32 = SLAB.trailing_zeros();
 const LEAST_ROOM: usize = 64;
 /// Free blocks that are put on the stack at once when it is empty.
 const CARVE: usize = 64;
+/// How many slabs are not tried for after one that there could be no record of.
+const PAUSE: u32 = 256;
+/// Bytes of the heap that the table covers at least.
+const COVERED: usize = 64 << 20;
 /// The alarm of a slab that needs none.
 const NEVER: u16 = u16::MAX;
 
@@ -157,8 +169,10 @@ fn block_number(class: usize, granules: u16) -> u16 {
 /// The record for `block` and the block's offset in granules, if a slab may be there.
 #[inline(always)]
 pub(crate) fn record_of(block: *const u8) -> Option<(*mut Slab, u16)> {
+    // First: the others are there before it.
+    let len = TABLE.len.load(Ordering::Acquire);
     let offset = block.addr().wrapping_sub(TABLE.base.load(Ordering::Relaxed));
-    if offset >= TABLE.len.load(Ordering::Relaxed) {
+    if offset >= len {
         return None;
     }
     // SAFETY: the table has a record for each 64 KiB of these addresses.
@@ -166,22 +180,46 @@ pub(crate) fn record_of(block: *const u8) -> Option<(*mut Slab, u16)> {
     Some((slab, ((offset % SLAB) / GRANULE) as u16))
 }
 
-/// Sets the table up. False if there can be none.
+/// Bytes of the table for so many of the heap's: a page for each span.
+const fn table(bytes: usize) -> usize {
+    (bytes >> SHIFT) * size_of::<Slab>()
+}
+
+const _: () = assert!(table(SPAN) == 4096);
+
+/// Makes the table cover `memory`, and some more. False if it cannot.
 #[cold]
-fn prepare() -> bool {
-    let Some((base, len)) = spans::first() else { return false };
-    let size = (len >> SHIFT) * size_of::<Slab>();
-    let Some(records) = spans::zeroed(size) else { return false };
-    let published =
-        TABLE.records.compare_exchange(ptr::null_mut(), records.cast(), Ordering::AcqRel, Ordering::Acquire);
-    if published.is_err() {
-        // SAFETY: mapped just now; another thread's table was taken.
-        unsafe { libc::munmap(records.cast(), size) };
+fn cover(memory: *const u8) -> bool {
+    let Some((base, all)) = spans::first() else { return false };
+    let offset = memory.addr().wrapping_sub(base);
+    let covered = TABLE.len.load(Ordering::Acquire);
+    if offset >= all || offset < covered {
+        return offset < all;
     }
-    // Whoever comes first, all write the same.
-    TABLE.base.store(base, Ordering::Release);
-    TABLE.len.store(len, Ordering::Release);
-    true
+    let mut records = TABLE.records.load(Ordering::Acquire);
+    if records.is_null() {
+        let Some(new) = spans::Apart::new(table(all)) else { return false };
+        records = new.at.cast();
+        let published =
+            TABLE.records.compare_exchange(ptr::null_mut(), records, Ordering::AcqRel, Ordering::Acquire);
+        if let Err(theirs) = published {
+            new.discard();
+            records = theirs;
+        }
+    }
+    let needed = (offset + 1).next_multiple_of(SPAN);
+    let ample = needed.max(2 * covered).max(COVERED).min(all);
+    for until in [ample, needed] {
+        // What is covered is open already, whoever opened it, so everything up to there is open afterwards.
+        // SAFETY: inside the table, which is never unmapped.
+        if unsafe { spans::open_apart(records.cast::<u8>().add(table(covered)), table(until - covered)) } {
+            // Whoever comes first, all write the same.
+            TABLE.base.store(base, Ordering::Relaxed);
+            TABLE.len.fetch_max(until, Ordering::AcqRel);
+            return true;
+        }
+    }
+    false
 }
 
 /// A new slab of this class for `heap`, current and with nothing on its stack yet; null when there is no memory.
@@ -189,11 +227,22 @@ fn prepare() -> bool {
 /// # Safety
 /// The caller owns `heap`.
 pub(crate) unsafe fn make(heap: *mut Heap, arena: large::Arena, class: usize) -> *mut Slab {
+    static PAUSED: AtomicU32 = AtomicU32::new(0);
+    let paused = PAUSED.load(Ordering::Relaxed);
+    if paused > 0 {
+        PAUSED.store(paused - 1, Ordering::Relaxed);
+        return ptr::null_mut();
+    }
     let memory = large::slab(arena);
-    // The first slab is what makes the first reservation, which the table covers.
-    let covered = TABLE.len.load(Ordering::Acquire) != 0 || prepare();
-    let Some((slab, _)) = record_of(memory).filter(|_| covered) else {
-        // No memory, or beyond the first reservation.
+    if memory.is_null() {
+        return memory.cast();
+    }
+    let Some((slab, _)) = record_of(memory).or_else(|| if cover(memory) { record_of(memory) } else { None })
+    else {
+        // A thread that is about to end gets memory from elsewhere, which says nothing.
+        if spans::owns(memory.addr()) {
+            PAUSED.store(PAUSE, Ordering::Relaxed);
+        }
         large::free_slab(memory);
         return ptr::null_mut();
     };

@@ -131,9 +131,35 @@ pub(crate) unsafe fn prefer_huge_pages(at: *mut u8, size: usize) {
     }
 }
 
-/// Zeroed memory of its own, apart from all user memory, that costs nothing until it is written.
-pub(crate) fn zeroed(size: usize) -> Option<*mut u8> {
-    map(size, libc::PROT_READ | libc::PROT_WRITE, true)
+/// The page in front of [`Apart`], so that no mapping of others becomes one with it.
+const FENCE: usize = 4096;
+
+/// Address space of its own, apart from all user memory, that is opened bit by bit and is zero then.
+pub(crate) struct Apart {
+    pub(crate) at: *mut u8,
+    size: usize,
+}
+
+impl Apart {
+    pub(crate) fn new(size: usize) -> Option<Self> {
+        let at = map(size.checked_add(FENCE)?, true)?;
+        Some(Self { at: at.wrapping_add(FENCE), size })
+    }
+
+    /// Gives it back, unused.
+    pub(crate) fn discard(self) {
+        // SAFETY: mapped in `new`; nobody has used it.
+        unsafe { libc::munmap(self.at.wrapping_sub(FENCE).cast(), self.size + FENCE) };
+    }
+}
+
+/// Makes whole pages of an [`Apart`] readable and writable. False if the system refused.
+///
+/// # Safety
+/// They lie in one that is kept for ever.
+pub(crate) unsafe fn open_apart(at: *mut u8, size: usize) -> bool {
+    // SAFETY: the caller's contract; access is only added.
+    unsafe { protect(at, size, libc::PROT_READ | libc::PROT_WRITE) }
 }
 
 /// Makes the span usable.
@@ -170,7 +196,7 @@ fn reserve(entry: &Reservation, least: usize) -> bool {
 
 /// [`reserve`] with `size` bytes.
 fn reserve_as_large(entry: &Reservation, size: usize, modest: bool) -> bool {
-    let Some(at) = map(size + SPAN, libc::PROT_NONE, modest) else { return false };
+    let Some(at) = map(size + SPAN, modest) else { return false };
     let at = at.expose_provenance();
     // Something without access stays in front, so that no mapping of others becomes one with ours: usvm registers whole
     // mappings.
@@ -184,8 +210,8 @@ fn reserve_as_large(entry: &Reservation, size: usize, modest: bool) -> bool {
     true
 }
 
-/// Address space of its own. If `modest`, it leaves the program at least three quarters of what RLIMIT_AS allows.
-fn map(size: usize, protection: libc::c_int, modest: bool) -> Option<*mut u8> {
+/// Address space without access. If `modest`, it leaves the program at least three quarters of what RLIMIT_AS allows.
+fn map(size: usize, modest: bool) -> Option<*mut u8> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the kernel fills the structure.
     let limited = modest
@@ -199,7 +225,7 @@ fn map(size: usize, protection: libc::c_int, modest: bool) -> Option<*mut u8> {
         libc::mmap(
             ptr::null_mut(),
             size,
-            protection,
+            libc::PROT_NONE,
             libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
             -1,
             0,

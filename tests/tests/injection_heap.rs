@@ -278,3 +278,26 @@ fn what_cannot_be_opened_is_not_used_up() {
         assert!(try_it(), "its address space is gone");
     });
 }
+
+/// Without records small blocks are not slabs', and not every one of them asks for records again.
+#[test]
+fn records_are_not_asked_for_again_and_again() {
+    isolated("records_are_not_asked_for_again_and_again", || {
+        // The first is the heap's memory.
+        inject::plan_here(Call::Mmap, libc::ENOMEM, 1, 1, 0);
+        let take = |n: u64| -> Vec<Live> {
+            // SAFETY: new blocks, freed below.
+            (0..n).map(|seed| Live::new(unsafe { usvm_alloc::malloc(80) }, 10, seed).unwrap()).collect()
+        };
+        let mut blocks = take(5000);
+        let asked = inject::calls(Call::Mmap);
+        assert!((2..100).contains(&asked), "{asked} times");
+        inject::clear();
+        blocks.extend(take(5000));
+        for block in blocks {
+            block.check(usize::MAX);
+            // SAFETY: freed once.
+            unsafe { usvm_alloc::free(block.at.cast()) };
+        }
+    });
+}
