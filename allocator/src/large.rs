@@ -174,7 +174,16 @@ pub(crate) type Arena = c_int;
 /// The next arena, in turn: each heap has one.
 pub(crate) fn next_arena() -> Option<Arena> {
     let turn = HEAPS.fetch_add(1, Ordering::Relaxed) as usize;
-    let number = arena(ARENAS.get(turn % processors())?, create)?;
+    nth_arena(turn % processors())
+}
+
+/// An arena for who has no heap.
+pub(crate) fn any_arena() -> Option<Arena> {
+    nth_arena(0)
+}
+
+fn nth_arena(n: usize) -> Option<Arena> {
+    let number = arena(ARENAS.get(n)?, create)?;
     Some(je::MALLOCX_ARENA(number as usize) | je::MALLOCX_TCACHE_NONE)
 }
 

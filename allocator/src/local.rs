@@ -16,6 +16,10 @@
 //! that is gone. So a thread that has no heap gives the first blocks that it frees away one by one ([`FEW`]), and jemalloc
 //! hears of a thread no later than its heap does, so that it knows that the thread has ended.
 //!
+//! Destructors of thread-specific data run in a few rounds, and what allocates there after the heap is gone claims one again,
+//! which is let go of in the next round, if there is one. So from a thread's third ending on ([`ENDINGS`]) it gets blocks
+//! without a heap.
+//!
 //! # Locking
 //! None: a heap is used only by whoever claimed it. So fork needs no care: in the child the heaps of the
 //! threads that are gone are never used, and freeing their blocks goes to their mail.
@@ -48,6 +52,9 @@ const CHAIN: u16 = 32;
 /// How many blocks a thread frees before that alone gives it a heap: more than the C library frees on an ending thread.
 const FEW: u16 = 256;
 
+/// The ending after which a thread gets no heap: one round less than there are (PTHREAD_DESTRUCTOR_ITERATIONS).
+const ENDINGS: u8 = 3;
+
 /// One thread's slabs.
 pub(crate) struct Heap {
     current: [*mut Slab; CLASSES],
@@ -79,6 +86,8 @@ thread_local! {
     static HEAP: Cell<*mut Heap> = const { Cell::new((&raw const NOBODY.0).cast_mut()) };
     /// Blocks that it freed while it had no heap.
     static FREED: Cell<u16> = const { Cell::new(0) };
+    /// How often it let go of a heap.
+    static ENDED: Cell<u8> = const { Cell::new(0) };
 }
 
 impl Heap {
@@ -199,7 +208,7 @@ fn alloc_slowly(class: usize) -> *mut u8 {
     deferred::free_all();
     let heap = own();
     if heap.is_null() {
-        return without_slab(None, class);
+        return without_slab(large::any_arena(), class);
     }
     // SAFETY: the heap is this thread's.
     unsafe {
@@ -219,7 +228,7 @@ pub(crate) fn arena() -> Option<Arena> {
     deferred::free_all();
     let heap = own();
     // SAFETY: heaps live forever, and this field is written before the heap is published.
-    if heap.is_null() { None } else { unsafe { (*heap).arena } }
+    if heap.is_null() { large::any_arena() } else { unsafe { (*heap).arena } }
 }
 
 /// The current slab of the class, with something on its stack; null when there is no memory.
@@ -430,6 +439,9 @@ fn own() -> *mut Heap {
     if !has_none() {
         return HEAP.get();
     }
+    if ENDED.get() >= ENDINGS {
+        return ptr::null_mut();
+    }
     large::greet();
     let heap = adopt();
     if !heap.is_null() {
@@ -493,6 +505,7 @@ fn tell_at_the_end(heap: *mut Heap) {
 unsafe extern "C" fn thread_ends(heap: *mut c_void) {
     HEAP.set((&raw const NOBODY.0).cast_mut());
     FREED.set(0);
+    ENDED.set(ENDED.get().saturating_add(1));
     // SAFETY: the heap was this thread's until now.
     unsafe {
         flush(heap.cast());
@@ -555,5 +568,48 @@ mod tests {
         // SAFETY: this thread's heap.
         unsafe { flush(own()) };
         assert_eq!(slabs(), 0, "empty slabs of a heap without a thread are given back at once");
+    }
+
+    /// A destructor of thread-specific data that allocates in every round, after the thread's heap is gone.
+    unsafe extern "C" fn in_every_round(key: *mut c_void) {
+        let block = alloc(100);
+        // SAFETY: live, freed once; the value is the key plus one.
+        unsafe {
+            if !free(block) {
+                large::free(block);
+            }
+            libc::pthread_setspecific(key.addr() as libc::pthread_key_t - 1, key);
+        }
+    }
+
+    #[test]
+    fn no_heap_is_claimed_when_nobody_would_let_go_of_it() {
+        let _turn = TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let heaps = || {
+            let mut count = 0;
+            let mut heap = HEAPS.load(Ordering::Acquire);
+            while !heap.is_null() {
+                count += 1;
+                // SAFETY: heaps live forever.
+                heap = unsafe { (*heap).next };
+            }
+            count
+        };
+        // So that the heap's own key comes first.
+        assert!(!own().is_null());
+        let mut key: libc::pthread_key_t = 0;
+        // SAFETY: the key lives as long as the threads.
+        assert_eq!(unsafe { libc::pthread_key_create(&raw mut key, Some(in_every_round)) }, 0);
+        let before = heaps();
+        for _ in 0..20 {
+            let thread = std::thread::spawn(move || {
+                let value = ptr::without_provenance::<c_void>(key as usize + 1);
+                // SAFETY: a key's value.
+                assert_eq!(unsafe { libc::pthread_setspecific(key, value) }, 0);
+                assert!(!own().is_null());
+            });
+            thread.join().unwrap();
+        }
+        assert!(heaps() < before + 10, "{} heaps more", heaps() - before);
     }
 }

@@ -456,6 +456,12 @@ fn destructors_of_thread_local_objects() {
 }
 
 #[test]
+fn destructors_that_allocate_in_the_last_round() {
+    let program = compile("lastround.c", "lastround", &[]);
+    the_same(&program, &[], HEAPS, false);
+}
+
+#[test]
 fn opened_by_dlopen_in_a_running_program() {
     let _alone = alone();
     let source = scratch().join("late.c");
