@@ -69,6 +69,12 @@ pub const VERSION: u64 = 1;
 /// Bytes of the page. Memory is used only as far as the text reaches.
 pub const SIZE: usize = 64 << 10;
 
+/// Devices that a viewer takes from a page: more than a configuration may name.
+pub const MOST_DEVICES: usize = 64;
+
+/// Ranges that a viewer takes from a page: many times what usvm lists.
+pub const MOST_RANGES: usize = 256;
+
 /// How long news are published after a viewer last asked.
 pub const PATIENCE: Duration = Duration::from_secs(3);
 
@@ -367,6 +373,7 @@ impl Viewer {
     }
 
     /// What was published since the last call that gave something; `None` when nothing was, or it is changing right now.
+    /// More devices and ranges than usvm publishes are left out: what shows them need not bear any number.
     pub fn read(&mut self) -> io::Result<Option<Live>> {
         let before = self.header()?;
         if before[SEQUENCE] == self.seen || !before[SEQUENCE].is_multiple_of(2) {
@@ -381,6 +388,8 @@ impl Viewer {
         let mut live: Live = serde_json::from_slice(&text)?;
         live.usvm = printable(&live.usvm);
         live.policy = printable(&live.policy);
+        live.devices.truncate(MOST_DEVICES);
+        live.hottest.truncate(MOST_RANGES);
         live.devices.iter_mut().for_each(|device| device.name = printable(&device.name));
         Ok(Some(live))
     }
@@ -508,6 +517,16 @@ mod tests {
         page.word(LENGTH).store(u64::MAX, Ordering::Relaxed);
         page.word(SEQUENCE).store(100, Ordering::Relaxed);
         assert!(viewer.read().is_err(), "a length beyond the page, and no JSON");
+    }
+
+    #[test]
+    fn a_page_is_read_up_to_what_usvm_has() {
+        let _alone = alone();
+        let page = Page::create().unwrap();
+        let mut viewer = Viewer::open(std::process::id()).unwrap();
+        page.publish(&Live { devices: vec![LiveDevice::default(); 300], ..sample(300) });
+        let got = viewer.read().unwrap().unwrap();
+        assert_eq!((got.devices.len(), got.hottest.len()), (MOST_DEVICES, MOST_RANGES));
     }
 
     #[test]
