@@ -9,7 +9,7 @@ use serde_json::Value;
 use usvm::observe::live::Live;
 use usvm::{Config, Runtime};
 
-use crate::stand::{FOLDER, STANDIN, said, usvm};
+use crate::stand::{FOLDER, STANDIN, USVM, clean, said, usvm};
 
 const PART: &str = "USVM_TEST_PART";
 
@@ -165,6 +165,21 @@ fn stats_of_a_process_are_those_of_its_page() {
     assert!(later.uptime_us > live.uptime_us && later.stats.gpu_faults > live.stats.gpu_faults);
     let text = said(&mut usvm(["stats", &player.pid()])).out;
     assert!(text.contains("sim:arc-b580:") && text.contains("cpu_faults"), "{text}");
+}
+
+#[test]
+fn a_closed_stdout_is_not_the_page() {
+    let player = Player::start("worker");
+    for command in ["top --once --delay 0.1", "stats", "stats --json"] {
+        for closed in [">&-", "<&- >&-", "<&- >&- 2>&-"] {
+            let line = format!("{USVM} {command} {} {closed}", player.pid());
+            let mut shell = Command::new("sh");
+            clean(shell.args(["-c", &line]).stdin(Stdio::null()));
+            assert_eq!(said(&mut shell).code, Some(1), "{line}");
+            let after = said(&mut usvm(["stats", &player.pid()]));
+            assert_eq!(after.code, Some(0), "{line}: {}", after.err);
+        }
+    }
 }
 
 #[test]

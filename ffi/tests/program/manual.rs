@@ -62,3 +62,17 @@ fn a_reader_that_has_seen_enough_is_no_failure() {
     assert!(ended.err.starts_with("usvm: cannot write to stdout"), "{}", ended.err);
     assert_eq!((ended.err.lines().count(), ended.code), (1, Some(1)));
 }
+
+#[test]
+fn output_that_is_lost_is_a_failure() {
+    for words in ["--help", "--version", "run --help", "devices", "man", "run --dry-run -- true"] {
+        for to in ["/dev/full", "&-"] {
+            let line = format!("{USVM} {words} >{to}");
+            let mut shell = Command::new("sh");
+            crate::stand::clean(shell.args(["-c", &line]).stdin(Stdio::null()));
+            let ended = said(&mut shell);
+            assert!(ended.err.starts_with("usvm: cannot write to stdout"), "{line}: {}", ended.err);
+            assert_eq!((ended.err.lines().count(), ended.code), (1, Some(1)), "{line}");
+        }
+    }
+}

@@ -7,6 +7,10 @@
 //! # Exit status
 //! 0 ok, 1 failure, 2 usage; `usvm run` has the program's, see [`run`].
 //!
+//! # Standard descriptors
+//! Closed ones are taken by /dev/null before anything else is opened, which could get their numbers: what is printed would
+//! go there. Only `usvm run` leaves them as they are. Output that is lost is a failure ([`say`]).
+//!
 //! # Safety
 //! `main` is the C library's, not Rust's: Rust's start ignores SIGPIPE and opens closed standard descriptors, and a program
 //! that `usvm run` becomes would inherit both. Nothing else here is unsafe except loading a library in a process of its
@@ -48,15 +52,20 @@ fn program() -> u8 {
         Err(e) => {
             // Help and version are errors, too, to clap; they go to stdout and are none.
             if !e.use_stderr() {
-                let _ = e.print();
-                return 0;
+                return status(say::by(|| e.print()).map(|()| 0));
             }
             let words = e.render().to_string();
             say::warn(words.trim_start_matches("error: ").trim_end());
             return USAGE;
         }
     };
-    let outcome = match args.command {
+    if !matches!(args.command, Command::Run(_))
+        && let Err(e) = say::keep_standard_descriptors()
+    {
+        say::warn(format!("a standard descriptor is closed, and /dev/null cannot take its place: {e}"));
+        return 1;
+    }
+    status(match args.command {
         Command::Run(args) => run::run(args),
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Devices(args) => devices::devices(&args),
@@ -65,7 +74,11 @@ fn program() -> u8 {
         Command::Completions { shell } => manual::completions(shell),
         Command::Man { directory } => manual::man(directory.as_deref()),
         Command::Load { libraries } => doctor::load::load(&libraries),
-    };
+    })
+}
+
+/// The exit status, once the user has been told of a failure.
+fn status(outcome: Outcome) -> u8 {
     outcome.unwrap_or_else(|words| {
         say::warn(words);
         1
