@@ -278,6 +278,18 @@ fn statistics_files_are_read() {
     assert_eq!(read, serde_json::from_str::<Value>(text).unwrap());
     fs::write(&file, "[]").unwrap();
     assert!(said(usvm(["stats"]).arg(&file)).err.contains("not a statistics file"));
+    let mut limited = Command::new("sh");
+    clean(
+        limited
+            .args(["-c", "ulimit -v 2000000; exec timeout 20 \"$0\" stats /dev/zero", USVM])
+            .stdin(Stdio::null()),
+    );
+    let endless = said(&mut limited);
+    assert_eq!(endless.code, Some(1));
+    assert!(endless.err.contains("/dev/zero: not a statistics file of usvm"), "{}", endless.err);
+    let mut piped = Command::new("sh");
+    clean(piped.args(["-c", "echo \"$1\" | \"$0\" stats /dev/stdin", USVM, text]).stdin(Stdio::null()));
+    assert!(said(&mut piped).out.contains("5.0 MiB"), "a pipe is read");
     let missing = said(&mut usvm(["stats", "/no/such.json"]));
     assert_eq!(missing.code, Some(1));
     assert!(missing.err.starts_with("usvm: /no/such.json: "));

@@ -22,6 +22,7 @@ mod cli;
 mod devices;
 mod doctor;
 mod drm;
+mod file;
 mod manual;
 mod run;
 mod say;

@@ -1,6 +1,7 @@
 //! `usvm stats`: the numbers of a run that ended, or of one that goes on.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io;
 use std::path::Path;
 use std::time::Duration;
 
@@ -8,10 +9,13 @@ use usvm::observe::live::{Live, Viewer, printable};
 use usvm::observe::stats::StatsSnapshot;
 
 use crate::cli::StatsArgs;
-use crate::{Outcome, say};
+use crate::{Outcome, file, say};
 
 /// How long a running program has to answer.
 pub const PATIENCE: Duration = Duration::from_secs(3);
+
+/// Bytes that a statistics file has at most: a hundred times what is written.
+const LONGEST: u64 = 1 << 20;
 
 /// `usvm stats`.
 pub fn stats(args: &StatsArgs) -> Outcome {
@@ -87,7 +91,13 @@ pub fn device_lines(live: &Live) -> String {
 
 fn of_file(path: &Path, json: bool) -> Outcome {
     let shown = path.display();
-    let text = fs::read_to_string(path).map_err(|e| format!("{shown}: {e}"))?;
+    let failed = |e: io::Error| format!("{shown}: {e}");
+    // It may be a pipe (of a shell, say), which ends when its writer does.
+    let bytes = file::up_to(File::open(path).map_err(failed)?, LONGEST).map_err(|e| match e.kind() {
+        io::ErrorKind::FileTooLarge => format!("{shown}: not a statistics file of usvm: {e}"),
+        _ => failed(e),
+    })?;
+    let text = String::from_utf8(bytes).map_err(|e| format!("{shown}: not JSON: {e}"))?;
     let stats = parse(&text).map_err(|e| format!("{shown}: {e}"))?;
     say::done(if json { text } else { table(&stats) })
 }
