@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 
-use crate::stand::{FOLDER, STANDIN, USVM, clean, compile, copy_to, is_root, run, said, usvm};
+use crate::stand::{FOLDER, STANDIN, USVM, clean, compile, copy_to, is_root, make_pipe, run, said, usvm};
 
 #[test]
 fn the_exit_status_is_the_programs_and_nothing_is_said() {
@@ -105,6 +105,24 @@ fn what_cannot_be_run_has_the_shells_status() {
     fs::set_permissions(&orphan, fs::Permissions::from_mode(0o755)).unwrap();
     let orphan = run([orphan]);
     assert_eq!(orphan.code, Some(127), "{}", orphan.err);
+}
+
+#[test]
+fn a_pipe_is_no_program_and_nobody_waits_for_it() {
+    let folder = FOLDER.path().join("pipes");
+    fs::create_dir_all(&folder).unwrap();
+    let (pipe, script) = (folder.join("pipe"), folder.join("script"));
+    make_pipe(&pipe);
+    fs::write(&script, format!("#!{}\n", pipe.display())).unwrap();
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+    for program in [&pipe, &script] {
+        let mut command = Command::new("timeout");
+        clean(command.args(["10", USVM, "run", "--"]).arg(program).stdin(Stdio::null()));
+        let ended = said(&mut command);
+        assert_eq!((ended.code, ended.out.as_str()), (Some(126), ""), "{}", ended.err);
+        let name = format!("usvm: {}: ", program.display());
+        assert!(ended.err.starts_with(&name) && ended.err.ends_with("no regular file\n"), "{}", ended.err);
+    }
 }
 
 #[test]

@@ -95,3 +95,9 @@ pub fn copy_to(place: &Path) {
     std::fs::copy(USVM, place).unwrap();
     std::fs::set_permissions(place, std::fs::Permissions::from_mode(0o755)).unwrap();
 }
+
+/// A pipe with a name, for everybody to execute.
+pub fn make_pipe(place: &Path) {
+    use rustix::fs::{CWD, FileType, Mode};
+    rustix::fs::mknodat(CWD, place, FileType::Fifo, Mode::from_raw_mode(0o755), 0).unwrap();
+}

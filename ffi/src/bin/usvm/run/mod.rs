@@ -39,14 +39,16 @@ const HEAP: &str = "USVM_HEAP";
 pub fn run(args: RunArgs) -> Outcome {
     let environment: Environment = std::env::vars_os().collect();
     let command = args.command.first().cloned().unwrap_or_default();
-    let program = match target::locate(&command, environment.get(OsStr::new("PATH"))) {
-        Ok(program) => program,
+    let found = target::locate(&command, environment.get(OsStr::new("PATH")))
+        .and_then(|program| Ok((target::inspect(&program)?, program)));
+    let (fitness, program) = match found {
+        Ok(found) => found,
         Err(Unusable { status, why }) => {
             say::warn(why);
             return Ok(status);
         }
     };
-    let plan = Plan::new(&args, program, &environment)?;
+    let plan = Plan::new(&args, program, fitness, &environment)?;
     let parsed = Config::parse(plan.environment(&environment), false);
     let config = match parsed
         .and_then(|(config, unknown)| usvm::runtime::check(&config).map(|()| (config, unknown)))
@@ -87,10 +89,15 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(args: &RunArgs, program: PathBuf, environment: &Environment) -> Result<Self, String> {
+    fn new(
+        args: &RunArgs,
+        program: PathBuf,
+        fitness: Fitness,
+        environment: &Environment,
+    ) -> Result<Self, String> {
         let mut plan = Self { set: Vec::new(), notes: Vec::new(), program, loads: false };
         let preload = library::find()?;
-        match target::inspect(&plan.program) {
+        match fitness {
             Fitness::Foreign(why) => plan.notes.push(why),
             Fitness::Inert(why) => {
                 plan.notes.push(why);

@@ -2,14 +2,15 @@
 //!
 //! # Overview
 //! [`locate`] finds it as execvp(3) does. [`inspect`] reads its first bytes: a script is followed to its interpreter,
-//! an ELF file tells by its class, machine and interpreter whether the dynamic loader will read LD_PRELOAD.
+//! an ELF file tells by its class, machine and interpreter whether the dynamic loader will read LD_PRELOAD. What is no
+//! regular file the kernel does not execute; it is refused unopened, for a pipe would wait for its writer.
 //!
 //! # Limits
 //! Only what the kernel itself would start is judged. What a wrapper script or a launcher starts later inherits the
 //! environment and is judged by its own loader.
 
 use std::ffi::{OsStr, OsString};
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, Read};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -21,11 +22,15 @@ use elf::endian::AnyEndian;
 use elf::file::Class;
 use rustix::fs::Access;
 
+use crate::file;
+
 /// Interpreters of interpreters that the kernel follows.
 const MOST_SCRIPTS: usize = 5;
 
 /// What PATH is when it is not set: the C library's choice.
 const DEFAULT_PATH: &str = "/bin:/usr/bin";
+
+const NO_FILE: &str = "it is no regular file";
 
 /// Why a program cannot be executed, with the exit status that shells, env and nohup give for it.
 #[derive(Debug, PartialEq, Eq)]
@@ -84,33 +89,41 @@ pub fn locate(name: &OsStr, path: Option<&OsString>) -> Result<PathBuf, Unusable
 }
 
 fn executable(path: &Path) -> io::Result<()> {
-    if fs::metadata(path)?.is_dir() {
-        return Err(io::Error::new(io::ErrorKind::PermissionDenied, "it is a directory"));
+    let kind = fs::metadata(path)?.file_type();
+    if !kind.is_file() {
+        let what = if kind.is_dir() { "it is a directory" } else { NO_FILE };
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, what));
     }
     Ok(rustix::fs::access(path, Access::EXEC_OK)?)
 }
 
-/// Judges the program at `path`.
-pub fn inspect(path: &Path) -> Fitness {
+/// Judges the program at `path`; it cannot be used if an interpreter on its way is no regular file.
+pub fn inspect(path: &Path) -> Result<Fitness, Unusable> {
     if let Some(why) = privileged(path) {
-        return Fitness::Inert(why);
+        return Ok(Fitness::Inert(why));
     }
+    let program = path;
     let mut path = path.to_path_buf();
     for _ in 0..MOST_SCRIPTS {
+        if fs::metadata(&path).is_ok_and(|meta| !meta.is_file()) {
+            let by =
+                if path == program { String::new() } else { format!("its interpreter {}: ", path.display()) };
+            return Err(Unusable { status: 126, why: format!("{}: {by}{NO_FILE}", program.display()) });
+        }
         let mut start = Vec::new();
         // What may be executed and not read is judged by the kernel and its loader.
-        let Ok(file) = File::open(&path) else { return Fitness::Fits };
+        let Ok(file) = file::open(&path) else { return Ok(Fitness::Fits) };
         if file.take(256).read_to_end(&mut start).is_err() {
-            return Fitness::Fits;
+            return Ok(Fitness::Fits);
         }
         match interpreter(&start) {
             Some(next) => path = next,
-            None if start.starts_with(b"\x7fELF") => return elf_fitness(&path),
+            None if start.starts_with(b"\x7fELF") => return Ok(elf_fitness(&path)),
             // Neither: execvp gives it to the shell.
-            None => return Fitness::Fits,
+            None => return Ok(Fitness::Fits),
         }
     }
-    Fitness::Fits
+    Ok(Fitness::Fits)
 }
 
 /// The interpreter of a script that begins with `start`.
@@ -144,7 +157,7 @@ fn has_capabilities(path: &Path) -> bool {
 
 fn elf_fitness(path: &Path) -> Fitness {
     let shown = path.display();
-    let Ok(file) = File::open(path) else { return Fitness::Fits };
+    let Ok(file) = file::open(path) else { return Fitness::Fits };
     let Ok(mut elf) = ElfStream::<AnyEndian, _>::open_stream(file) else {
         return Fitness::Foreign(format!("{shown} is a damaged ELF file: usvm leaves it alone"));
     };
@@ -216,21 +229,21 @@ mod tests {
         assert_eq!(interpreter(b"echo"), None);
         let place = tempfile::tempdir().unwrap();
         let script = file(place.path(), "s", b"#!/bin/sh\n", 0o755);
-        assert_eq!(inspect(&script), Fitness::Fits);
+        assert_eq!(inspect(&script), Ok(Fitness::Fits));
         let itself = place.path().join("loop");
         file(place.path(), "loop", format!("#!{}\n", itself.display()).as_bytes(), 0o755);
-        assert_eq!(inspect(&itself), Fitness::Fits, "ends");
+        assert_eq!(inspect(&itself), Ok(Fitness::Fits), "ends");
     }
 
     #[test]
     fn this_test_fits_and_foreign_files_do_not() {
         let own = std::env::current_exe().unwrap();
-        assert_eq!(inspect(&own), Fitness::Fits);
+        assert_eq!(inspect(&own), Ok(Fitness::Fits));
         let place = tempfile::tempdir().unwrap();
         let mut start = fs::read(&own).unwrap();
         start.truncate(4096);
         let told = |name: &str, contents: &[u8]| match inspect(&file(place.path(), name, contents, 0o755)) {
-            Fitness::Foreign(why) => why,
+            Ok(Fitness::Foreign(why)) => why,
             other => panic!("{name}: {other:?}"),
         };
         let mut arm = start.clone();
