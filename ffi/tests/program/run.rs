@@ -194,6 +194,16 @@ fn a_missing_library_is_named_and_one_beside_the_program_is_found() {
     let named = at(Some("/no/such.so"));
     assert_eq!(named.code, Some(1));
     assert!(named.err.contains("USVM_PRELOAD_LIBRARY names /no/such.so"), "{}", named.err);
+    let other = compile("other.o", "int other;", &["-c"]);
+    for (name, why) in [
+        ("/", "regular file"),
+        ("/etc/passwd", "shared library"),
+        (other.to_str().unwrap(), "shared library"),
+    ] {
+        let named = at(Some(name));
+        assert_eq!((named.code, named.out.as_str()), (Some(1), ""), "{name}");
+        assert!(named.err.contains(name) && named.err.contains(why), "{}", named.err);
+    }
     let library = prefix.join("lib/usvm/libusvm_preload.so");
     fs::create_dir_all(library.parent().unwrap()).unwrap();
     fs::copy(&*STANDIN, &library).unwrap();

@@ -2,8 +2,16 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+
+use elf::ElfStream;
+use elf::abi::{EM_X86_64, ET_DYN};
+use elf::endian::AnyEndian;
+use elf::file::Class;
+
+use crate::file;
 
 /// The library that `usvm run` preloads.
 pub const PRELOAD: &str = "libusvm_preload.so";
@@ -21,7 +29,8 @@ pub const VARIABLE: &str = "USVM_PRELOAD_LIBRARY";
 pub fn find() -> Result<PathBuf, String> {
     let named = std::env::var_os(VARIABLE).filter(|value| !value.is_empty());
     if let Some(named) = named {
-        let path = fs::canonicalize(&named).map_err(|e| {
+        let usable = |path: PathBuf| is_library(&path).map(|()| path);
+        let path = fs::canonicalize(&named).and_then(usable).map_err(|e| {
             format!("{VARIABLE} names {}, which cannot be used: {e}", PathBuf::from(named).display())
         })?;
         return fit_for_preloading(path);
@@ -62,6 +71,15 @@ fn places(program: &Path) -> Vec<PathBuf> {
         places.extend(["lib", "lib/usvm", "lib64", "lib64/usvm", &multiarch].map(|part| prefix.join(part)));
     }
     places
+}
+
+/// Whether the loader can load the file at `path`: where it cannot, the program would run without usvm.
+fn is_library(path: &Path) -> io::Result<()> {
+    let elf = ElfStream::<AnyEndian, _>::open_stream(file::open(path)?);
+    let fits = elf.is_ok_and(|elf| {
+        elf.ehdr.class == Class::ELF64 && elf.ehdr.e_machine == EM_X86_64 && elf.ehdr.e_type == ET_DYN
+    });
+    if fits { Ok(()) } else { Err(io::Error::other("it is no shared library for x86-64")) }
 }
 
 /// The loader separates the names of LD_PRELOAD by blanks and colons and cannot be told otherwise.
