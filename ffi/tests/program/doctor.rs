@@ -1,10 +1,11 @@
 //! `usvm doctor` and `usvm devices`: they run everywhere and say what they find.
 
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::stand::{FOLDER, STANDIN, clean, copy_to, is_root, said, usvm};
+use crate::stand::{FOLDER, STANDIN, clean, copy_to, is_root, make_pipe, said, usvm};
 
 fn json(text: &str) -> Value {
     serde_json::from_str(text).unwrap_or_else(|e| panic!("{e}: {text}"))
@@ -72,6 +73,39 @@ fn drivers_are_tried_without_harm() {
     assert_eq!(check(&report, "fine.icd")["status"], "ok");
     assert!(check(&report, "crash.icd")["found"].as_str().unwrap().contains("signal 6"));
     assert!(check(&report, "missing.icd")["found"].as_str().unwrap().contains("libno-such.so.1"));
+}
+
+#[test]
+fn what_drivers_leave_behind_and_pipes_are_not_waited_for() {
+    let stays = "#include <unistd.h>\n__attribute__((constructor)) static void now(void) { if (!fork()) { sleep(40); _exit(0); } }";
+    let stays = crate::stand::compile("stays.so", stays, &["-shared", "-fPIC"]);
+    let folder = FOLDER.path().join("slow vendors");
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::write(folder.join("stays.icd"), stays.to_str().unwrap()).unwrap();
+    make_pipe(&folder.join("pipe.icd"));
+    let begin = Instant::now();
+    let report = json(&said(usvm(["doctor", "--json"]).env("OCL_ICD_VENDORS", &folder)).out);
+    assert!(begin.elapsed() < Duration::from_secs(30), "{:?}", begin.elapsed());
+    assert_eq!(check(&report, "stays.icd")["status"], "ok");
+    let pipe = check(&report, "pipe.icd");
+    assert_eq!((&pipe["status"], &pipe["found"]), (&"warn".into(), &"it is no regular file".into()));
+}
+
+#[test]
+fn the_terminal_does_not_hear_a_drivers_words() {
+    let speaks = "#include <unistd.h>\n__attribute__((constructor)) static void now(void) {\
+        static const char words[] = \"usvm-load: ok /x\\33[2Jy\\302\\233z\\n\"; _exit(write(1, words, sizeof words - 1) < 0); }";
+    let speaks = crate::stand::compile("speaks.so", speaks, &["-shared", "-fPIC"]);
+    let folder = FOLDER.path().join("loud vendors");
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::write(folder.join("a\x1b[31m.icd"), speaks.to_str().unwrap()).unwrap();
+    std::fs::write(folder.join("b.icd"), "lib\x1b]0;x\x07\u{9b}.so").unwrap();
+    for words in [&["doctor"][..], &["doctor", "--json"]] {
+        let ended = said(usvm(words).env("OCL_ICD_VENDORS", &folder));
+        assert!(ended.out.contains("a?[31m.icd") && ended.out.contains("/x?[2Jy?z loads"), "{}", ended.out);
+        let obeyed = ended.out.chars().find(|c| c.is_control() && *c != '\n');
+        assert_eq!(obeyed, None, "{:?}", ended.out);
+    }
 }
 
 #[test]

@@ -20,6 +20,14 @@ pub fn open(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
+/// What the regular file at `path` holds.
+///
+/// # Errors
+/// Also when it holds more than `most` bytes.
+pub fn read(path: &Path, most: u64) -> io::Result<Vec<u8>> {
+    up_to(open(path)?, most)
+}
+
 /// What `file` gives to its end.
 ///
 /// # Errors

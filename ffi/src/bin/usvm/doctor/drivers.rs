@@ -1,17 +1,24 @@
 //! Devices and the libraries that drive them, usvm's own among them.
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use nix::unistd::{Gid, Group};
 
 use super::{Check, load};
 use crate::drm::{self, Node};
-use crate::run;
+use crate::{file, run};
 
 const DRM: &str = "DRM devices (not used by this version of usvm)";
 const COMPUTE: &str = "compute drivers";
 const OWN: &str = "usvm";
+
+/// Bytes of an .icd file, of which one line counts.
+const LONGEST_ICD: u64 = 64 << 10;
+
+/// Bytes of OpenCL's loader, at most.
+const LONGEST_LIBRARY: u64 = 64 << 20;
 
 pub(super) fn checks() -> Vec<Check> {
     let nodes = drm::nodes();
@@ -72,7 +79,8 @@ fn opencl_loader(loaded: Result<PathBuf, String>) -> Check {
 /// Whether the loader reads the variable that names layers.
 fn knows_layers(path: &Path) -> bool {
     let variable = b"OPENCL_LAYERS\0";
-    fs::read(path).is_ok_and(|image| image.windows(variable.len()).any(|part| part == variable))
+    file::read(path, LONGEST_LIBRARY)
+        .is_ok_and(|image| image.windows(variable.len()).any(|part| part == variable))
 }
 
 fn opencl_drivers() -> Vec<Check> {
@@ -99,22 +107,29 @@ fn opencl_drivers() -> Vec<Check> {
 }
 
 /// One .icd file: its first line names the driver's library.
-fn opencl_driver(file: &Path) -> Check {
-    let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let text = match fs::read_to_string(file) {
+fn opencl_driver(path: &Path) -> Check {
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let text = match file::read(path, LONGEST_ICD) {
         Ok(text) => text,
         Err(e) => {
+            let refused = e.kind() == io::ErrorKind::PermissionDenied;
+            let command = if refused { "chmod a+r" } else { "rm" };
             return Check::warn(COMPUTE, name, e.to_string())
-                .means("the OpenCL loader passes over it")
-                .fix(format!("sudo chmod a+r {}", file.display()));
+                .means(if refused {
+                    "the OpenCL loader passes over it"
+                } else {
+                    "it names no driver; it was not read"
+                })
+                .fix(format!("sudo {command} {}", path.display()));
         }
     };
+    let text = String::from_utf8_lossy(&text);
     let library = text.lines().next().unwrap_or_default().trim();
     match load::of(library) {
-        Ok(path) => Check::ok(COMPUTE, name, format!("{} loads", path.display())),
+        Ok(found) => Check::ok(COMPUTE, name, format!("{} loads", found.display())),
         Err(why) => Check::warn(COMPUTE, name, why)
             .means("the OpenCL loader passes over it")
-            .fix(format!("install what is missing, or: sudo rm {}", file.display())),
+            .fix(format!("install what is missing, or: sudo rm {}", path.display())),
     }
 }
 

@@ -6,10 +6,10 @@
 #![allow(unsafe_code)]
 
 use std::fs;
-use std::io::Read;
+use std::io::{self, Read};
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::{ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use libloading::os::unix::Library;
@@ -19,10 +19,14 @@ use crate::{Outcome, say};
 /// How long a library may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// Bytes that are listened to.
+const MOST_SAID: u64 = 1 << 20;
+
 /// Starts the child's lines, so that what a library prints is told apart.
 const MARK: &str = "usvm-load: ";
 
-/// Loads `library` in a child process and gives the file that it came from.
+/// Loads `library` in a child process and gives the file that it came from. The words are the library's as much as the
+/// loader's.
 ///
 /// # Errors
 /// The loader's words, or how the child ended.
@@ -35,8 +39,10 @@ pub fn of(library: &str) -> Result<PathBuf, String> {
         .stderr(Stdio::null())
         .spawn()
         .map_err(|e| format!("it cannot be tried: {e}"))?;
+    let mut said = Said::of(child.stdout.take());
     let deadline = Instant::now() + PATIENCE;
     let status = loop {
+        said.listen();
         match child.try_wait() {
             Ok(Some(status)) => break status,
             Ok(None) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(5)),
@@ -47,10 +53,9 @@ pub fn of(library: &str) -> Result<PathBuf, String> {
             }
         }
     };
-    let mut said = Vec::new();
-    if let Some(mut out) = child.stdout.take() {
-        let _ = out.read_to_end(&mut said);
-    }
+    // What the child has said is there. The pipe's end need not come: what it started may hold it open.
+    said.listen();
+    let said = said.text;
     let said = String::from_utf8_lossy(&said);
     let line = said.lines().find_map(|line| line.strip_prefix(MARK));
     match (line.and_then(|line| line.split_once(' ')), status.signal()) {
@@ -58,6 +63,30 @@ pub fn of(library: &str) -> Result<PathBuf, String> {
         (Some(("error", words)), _) => Err(words.to_owned()),
         (_, Some(signal)) => Err(format!("loading it ends in signal {signal}")),
         _ => Err(format!("loading it ends the process: {status}")),
+    }
+}
+
+/// What the child says, read as it comes and never waited for.
+struct Said {
+    pipe: Option<ChildStdout>,
+    text: Vec<u8>,
+}
+
+impl Said {
+    fn of(pipe: Option<ChildStdout>) -> Self {
+        let never_waits = |pipe: &ChildStdout| rustix::io::ioctl_fionbio(pipe, true).is_ok();
+        Self { pipe: pipe.filter(never_waits), text: Vec::new() }
+    }
+
+    /// Takes what is there, but for what is too much: then the child finds its pipe closed.
+    fn listen(&mut self) {
+        let Some(pipe) = &mut self.pipe else { return };
+        let mut more = pipe.take(MOST_SAID - self.text.len() as u64);
+        let waits =
+            matches!(more.read_to_end(&mut self.text), Err(e) if e.kind() == io::ErrorKind::WouldBlock);
+        if !waits {
+            self.pipe = None;
+        }
     }
 }
 

@@ -5,7 +5,8 @@
 //! [`Check`]; the rooms are [`memory`] (kernel, userfaultfd, huge pages), [`limits`] and [`drivers`].
 //!
 //! # Limits
-//! Foreign libraries are loaded in processes of their own ([`load`]); one that hangs is given up on after some seconds.
+//! Foreign libraries are loaded in processes of their own ([`load`]); one that hangs is given up on after some seconds. What
+//! such a process leaves behind goes on.
 
 mod drivers;
 mod limits;
@@ -15,6 +16,7 @@ mod memory;
 use std::fmt::{self, Write as _};
 
 use serde::Serialize;
+use usvm::observe::live::printable;
 
 use crate::cli::DoctorArgs;
 use crate::{Outcome, say};
@@ -56,8 +58,10 @@ pub struct Check {
 }
 
 impl Check {
+    /// What is found may be words of a driver, or a name that somebody gave: a terminal must not obey them.
     fn new(group: &'static str, name: impl Into<String>, status: Status, found: impl Into<String>) -> Self {
-        Self { group, name: name.into(), status, found: found.into(), means: None, fix: None }
+        let (name, found) = (printable(&name.into()), printable(&found.into()));
+        Self { group, name, status, found, means: None, fix: None }
     }
 
     fn ok(group: &'static str, name: impl Into<String>, found: impl Into<String>) -> Self {
@@ -73,12 +77,12 @@ impl Check {
     }
 
     fn means(mut self, words: impl Into<String>) -> Self {
-        self.means = Some(words.into());
+        self.means = Some(printable(&words.into()));
         self
     }
 
     fn fix(mut self, command: impl Into<String>) -> Self {
-        self.fix = Some(command.into());
+        self.fix = Some(printable(&command.into()));
         self
     }
 }
