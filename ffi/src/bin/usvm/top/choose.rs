@@ -1,43 +1,41 @@
 //! Which process, when there are several.
 
 use std::io;
+use std::time::Duration;
 
-use ratatui::crossterm::event::{self, Event, KeyEventKind};
+use ratatui::Frame;
 use ratatui::layout::{Constraint, Layout};
 use ratatui::style::{Modifier, Style};
 use ratatui::text::Line;
 use ratatui::widgets::{Block, List, ListState};
-use ratatui::{DefaultTerminal, Frame};
 
-use super::{meaning, screen::Key};
+use super::terminal::{Key, Signals, Terminal};
 use crate::stats;
 
+/// How long nothing is drawn anew when nothing happens.
+const STILL: Duration = Duration::from_secs(1);
+
 /// The one that the user takes; `None` when the user leaves.
-pub fn one_of(pids: &[u32]) -> Result<Option<u32>, String> {
-    let failed = |e: io::Error| format!("the terminal cannot be used: {e}");
-    let mut terminal = ratatui::try_init().map_err(failed)?;
+pub fn one_of(signals: &Signals, pids: &[u32]) -> io::Result<Option<u32>> {
+    let mut terminal = Terminal::take(signals)?;
     let chosen = ask(&mut terminal, pids);
-    ratatui::restore();
-    chosen.map_err(failed)
+    terminal.leave();
+    chosen
 }
 
-fn ask(terminal: &mut DefaultTerminal, pids: &[u32]) -> io::Result<Option<u32>> {
+fn ask(terminal: &mut Terminal<'_>, pids: &[u32]) -> io::Result<Option<u32>> {
     let lines: Vec<String> = pids.iter().map(|pid| format!("{pid:>8}  {}", stats::command(*pid))).collect();
     let mut state = ListState::default().with_selected(Some(0));
     loop {
         terminal.draw(|frame| draw(frame, &lines, &mut state))?;
-        let Event::Key(key) = event::read()? else { continue };
-        if key.kind != KeyEventKind::Press {
-            continue;
-        }
-        if key.code == event::KeyCode::Enter {
-            return Ok(state.selected().and_then(|index| pids.get(index)).copied());
-        }
-        match meaning(key) {
-            Key::Quit => return Ok(None),
-            Key::Up => state.select_previous(),
-            Key::Down => state.select_next(),
-            _ => {}
+        for key in terminal.keys(STILL)? {
+            match key {
+                Key::Enter => return Ok(state.selected().and_then(|index| pids.get(index)).copied()),
+                Key::Quit => return Ok(None),
+                Key::Up => state.select_previous(),
+                Key::Down => state.select_next(),
+                _ => {}
+            }
         }
     }
 }

@@ -11,19 +11,8 @@ use usvm::observe::stats::Unit;
 
 use super::model::{Hot, Model, Series};
 use super::plain;
+use super::terminal::Key;
 use crate::{say, stats};
-
-/// What a key asks for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Key {
-    Quit,
-    Pause,
-    Left,
-    Right,
-    Up,
-    Down,
-    Other,
-}
 
 /// The table's columns: title, width, alignment to the right.
 const COLUMNS: [(&str, u16); 7] = [
@@ -64,7 +53,7 @@ impl View {
             Key::Right => self.sort = (self.sort + 1) % COLUMNS.len(),
             Key::Up => self.table.select_previous(),
             Key::Down => self.table.select_next(),
-            Key::Other => {}
+            Key::Enter | Key::Other => {}
         }
         true
     }
