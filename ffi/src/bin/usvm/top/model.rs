@@ -13,6 +13,9 @@ const HISTORY: usize = 300;
 /// How long a range's moves are looked back for its rate: its numbers are renewed about once a second.
 const LOOK_BACK_US: u64 = 4_000_000;
 
+/// What is looked back on, at most: the clock is the process's, and may stand still.
+const MOST_EARLIER: usize = 64;
+
 /// How often mappings are named anew.
 const NAME_EVERY: Duration = Duration::from_secs(2);
 
@@ -41,7 +44,9 @@ const SERIES: [(&str, Unit, Take); 6] = [
     ("gpu_faults", Unit::Count, |s| s.gpu_faults),
     ("bytes_to_device", Unit::Bytes, |s| s.bytes_to_device),
     ("bytes_to_host", Unit::Bytes, |s| s.bytes_to_host),
-    ("migrations", Unit::Count, |s| s.migrations_4k + s.migrations_64k + s.migrations_2m),
+    ("migrations", Unit::Count, |s| {
+        s.migrations_4k.saturating_add(s.migrations_64k).saturating_add(s.migrations_2m)
+    }),
     ("evictions", Unit::Count, |s| s.evictions),
 ];
 
@@ -120,7 +125,8 @@ impl Model {
         self.earlier.push_back((live.uptime_us, live.hottest.clone()));
         let begin = live.uptime_us.saturating_sub(LOOK_BACK_US);
         // One that lies before the time looked back to is kept: that is where the rate begins.
-        while self.earlier.get(1).is_some_and(|(at, _)| *at <= begin) {
+        let old = |(at, _): &(u64, _)| *at <= begin;
+        while self.earlier.get(1).is_some_and(old) || self.earlier.len() > MOST_EARLIER {
             self.earlier.pop_front();
         }
         self.now = live;
@@ -228,6 +234,38 @@ pub(super) mod tests {
 
     fn rate(model: &Model, name: &str) -> u64 {
         model.series.iter().find(|series| series.name == name).unwrap().rate
+    }
+
+    #[test]
+    fn numbers_that_no_process_has_are_borne() {
+        let most = u64::MAX;
+        let stats = StatsSnapshot {
+            migrations_4k: most,
+            migrations_64k: most,
+            migrations_2m: most,
+            ..StatsSnapshot::default()
+        };
+        let device = LiveDevice { vram_bytes: 1, resident_bytes: most, ..LiveDevice::default() };
+        let range = HotRange {
+            start: most,
+            bytes: most,
+            to_device: u32::MAX,
+            to_host: u32::MAX,
+            ..HotRange::default()
+        };
+        let live = Live {
+            uptime_us: 1,
+            ranges: most,
+            stats,
+            devices: vec![device],
+            hottest: vec![range],
+            ..after(1)
+        };
+        let mut model = Model::new(1, live.clone());
+        (0..200).for_each(|_| model.take(live.clone()));
+        assert!(model.earlier.len() <= MOST_EARLIER);
+        assert_eq!(rate(&model, "migrations"), 0);
+        assert!(super::super::plain::snapshot(&model).contains("hottest"));
     }
 
     #[test]

@@ -28,7 +28,8 @@ pub fn snapshot(model: &Model) -> String {
             ("retained", device.retained_bytes),
         ];
         for (name, bytes) in bars {
-            let full = (BAR as u64 * bytes).div_ceil(device.vram_bytes.max(1)).min(BAR as u64) as usize;
+            let scaled = (BAR as u64).saturating_mul(bytes);
+            let full = scaled.div_ceil(device.vram_bytes.max(1)).min(BAR as u64) as usize;
             let bar = "#".repeat(full);
             let _ = writeln!(text, "  {name:<10}[{bar:<BAR$}] {:>10}", say::bytes(bytes));
         }
