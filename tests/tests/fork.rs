@@ -146,6 +146,26 @@ fn threads_that_fork_together_leave_devices_at_work() {
     });
 }
 
+/// What waits for device memory that somebody holds is not waited for.
+#[test]
+fn a_fork_does_not_stand_in_line_behind_prefetches() {
+    isolated("a_fork_does_not_stand_in_line_behind_prefetches", || {
+        let rt = runtime(2 * M2);
+        let (held, _) = Area::filled(2 * M2, true, &mut Rng::new(3));
+        let (other, _) = Area::filled(2 * M2, true, &mut Rng::new(4));
+        let access = usvm::Access { addr: held.at, len: 2 * M2, access: usvm::GpuAccess::Write };
+        let bracket = rt.begin_access(0, &[access]).unwrap();
+        let fences: Vec<_> = (0..6).map(|_| rt.prefetch(other.at, M2, usvm::Location::Device(0))).collect();
+        std::thread::sleep(Duration::from_millis(50));
+        let begun = Instant::now();
+        fork_child(false, || true).good("a child");
+        assert!(begun.elapsed() < PIN_PATIENCE / 4, "it took {:?}", begun.elapsed());
+        rt.end_access(bracket).unwrap();
+        fences.iter().for_each(|fence| drop(fence.wait(None)));
+        rt.shutdown();
+    });
+}
+
 /// Descriptors of this process that are a userfaultfd.
 fn userfaultfds() -> usize {
     let open = std::fs::read_dir("/proc/thread-self/fd").unwrap().flatten();

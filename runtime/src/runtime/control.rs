@@ -9,7 +9,8 @@
 //! A request may wait long: for device memory that another access holds, for work that ends. What ends an access must
 //! never stand in line behind such a request, or nobody could give up what all wait for; nor must what ends the stillness
 //! around a fork, in which nothing goes to a device. So [`Control::end`] has a queue and a thread of its own, and what goes
-//! there waits for nobody.
+//! there waits for nobody. What the program does not know to be a request (fork, the beginning of a thread, the end) stands
+//! in no line behind requests that wait either: [`Control::now`].
 //!
 //! # Limits
 //! Two requests of the general lane are served at once; more wait in line.
@@ -53,20 +54,19 @@ impl Shared {
 pub(super) struct Control {
     general: Arc<Shared>,
     ending: Arc<Shared>,
+    urgent: Arc<Shared>,
 }
 
 impl Control {
     /// Starts the threads.
     pub(super) fn start() -> Result<Self> {
-        let general = Shared::start(&["ctl0", "ctl1"])?;
-        let ending = match Shared::start(&["ctl-end"]) {
-            Ok(ending) => ending,
-            Err(e) => {
-                general.stop();
-                return Err(e);
-            }
+        let lane = |names: &[&str], before: &[&Arc<Shared>]| {
+            Shared::start(names).inspect_err(|_| before.iter().for_each(|lane| lane.stop()))
         };
-        Ok(Self { general, ending })
+        let general = lane(&["ctl0", "ctl1"], &[])?;
+        let ending = lane(&["ctl-end"], &[&general])?;
+        let urgent = lane(&["ctl-now"], &[&general, &ending])?;
+        Ok(Self { general, ending, urgent })
     }
 
     /// Runs `f` on a control thread and gives its fence, which carries its error.
@@ -90,10 +90,19 @@ impl Control {
         self.ending.call(f)
     }
 
+    /// As [`Control::call`], for what the program waits for without having asked.
+    pub(super) fn now<T: Send + Sync + 'static>(
+        &self,
+        f: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        self.urgent.call(f)
+    }
+
     /// Makes the threads end once the queues are empty.
     pub(super) fn stop(&self) {
         self.general.stop();
         self.ending.stop();
+        self.urgent.stop();
     }
 }
 

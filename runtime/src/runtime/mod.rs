@@ -482,7 +482,7 @@ impl Inner {
             return;
         }
         let svm = self.svm.clone();
-        let closed = self.control.call(move || svm.close());
+        let closed = self.control.now(move || svm.close());
         if let Err(e) = closed {
             tracing::error!("not everything came home: {e}");
         }
@@ -618,7 +618,7 @@ fn before_fork() {
             let svm = inner.svm.clone();
             // What running work holds is given to the child where the kernel tells of it; otherwise the fork waits.
             let given = inner.host.report().has.contains(Features::EVENT_FORK);
-            let home = inner.control.call(move || {
+            let home = inner.control.now(move || {
                 if !given {
                     // Not frozen yet: the work may need more to end.
                     let _ = svm.bring_home_for_fork(PIN_PATIENCE);
@@ -766,7 +766,7 @@ impl Runtime {
         let (inner, span) = (self.inner().clone(), Span::sized(addr, len).page_aligned());
         inner.check()?;
         let owner = inner.clone();
-        inner.control.call(move || owner.keep_home(span))
+        inner.control.now(move || owner.keep_home(span))
     }
 
     /// Prints and writes the statistics now, as the end of the runtime does, if the configuration asks for them.
