@@ -146,6 +146,31 @@ fn threads_that_fork_together_leave_devices_at_work() {
     });
 }
 
+/// The child of a raw clone has the descriptor of its parent's userfaultfd: that this one closes it lets go of nothing.
+#[test]
+fn the_end_lets_go_of_what_the_kernel_registered_by_itself() {
+    if !kernel_faults() {
+        return;
+    }
+    isolated("the_end_lets_go_of_what_the_kernel_registered_by_itself", || {
+        let rt = runtime(16 * M2);
+        let (area, mut piece) = Area::filled(M2, false, &mut Rng::new(3));
+        piece.change(&rt, "before");
+        let child = fork_child(true, || {
+            std::thread::sleep(Duration::from_secs(4));
+            true
+        });
+        let room = map(None, 8 * M2, libc::PROT_NONE).unwrap();
+        let grown = remap(area.at, M2, 4 * M2, 0, Some(room)).unwrap();
+        rt.shutdown();
+        let begun = Instant::now();
+        (0..4 * M2).step_by(K4 as usize).for_each(|at| drop(cpu_read(grown + at, 1)));
+        assert!(begun.elapsed() < Duration::from_secs(2), "it waited for the child's end");
+        assert!(cpu_read(grown, M2) == piece.bytes);
+        child.good("the child");
+    });
+}
+
 /// What waits for device memory that somebody holds is not waited for.
 #[test]
 fn a_fork_does_not_stand_in_line_behind_prefetches() {

@@ -249,10 +249,26 @@ impl Host {
         // Also while mappings change: with everything home, nothing is to land anywhere.
         let mut books = self.books_mut();
         for span in books.iter().collect::<Vec<_>>() {
+            self.unregister_around(span);
             match sys::uffd_unregister(self.channel.uffd(), span) {
                 Ok(()) => books.take(span),
                 Err(errno) => tracing::warn!(%errno, %span, "stays under userfaultfd"),
             }
+        }
+    }
+
+    /// Lets go of all of the mappings of which `span` is a part: what mremap made larger is registered and not in the books.
+    /// Closing lets go of it, too, unless a child that no handler saw has the descriptor.
+    fn unregister_around(&self, span: Span) {
+        let mut at = span.start;
+        while at < span.end
+            && let Ok(Some(vma)) = self.maps.find(at)
+        {
+            if vma.span.start < span.start || vma.span.end > span.end {
+                // An error shows with the span itself.
+                let _ = sys::uffd_unregister(self.channel.uffd(), vma.span);
+            }
+            at = vma.span.end;
         }
     }
 
