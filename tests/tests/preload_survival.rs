@@ -205,6 +205,11 @@ fn mappings_under_the_programs_hands() {
 }
 
 #[test]
+fn guard_regions() {
+    the_same(&compile("guards.c", "guards", &[]), &[], ALL, true);
+}
+
+#[test]
 fn mappings_that_move_over_others() {
     the_same(&compile("remap.c", "remap", &[]), &[], ALL, true);
 }

@@ -92,12 +92,15 @@ pub fn mremap<T>(
     telling(|| [(Reason::Unmap, tail)], real)
 }
 
+/// MADV_GUARD_INSTALL (Linux 6.13): contents are dropped, and whoever touches the memory gets SIGSEGV.
+pub const MADV_GUARD_INSTALL: c_int = 102;
+
 /// madvise(2).
 #[inline]
 pub fn madvise<T>(addr: Address, len: usize, advice: c_int, real: impl FnOnce() -> T) -> T {
     const DONTNEED_LOCKED: c_int = 24;
     match advice {
-        libc::MADV_DONTNEED | libc::MADV_FREE | libc::MADV_REMOVE | DONTNEED_LOCKED => {
+        libc::MADV_DONTNEED | libc::MADV_FREE | libc::MADV_REMOVE | DONTNEED_LOCKED | MADV_GUARD_INSTALL => {
             telling(|| [(Reason::Discard, span(addr, len))], real)
         }
         _ => real(),

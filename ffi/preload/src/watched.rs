@@ -24,6 +24,7 @@ use usvm::ground::alloc;
 use usvm_capi::interpose::{self, Address, address};
 
 use crate::next::Next;
+use crate::start;
 
 type Map = unsafe extern "C" fn(Address, usize, c_int, c_int, c_int, i64) -> Address;
 type Change = unsafe extern "C" fn(Address, usize, c_int) -> c_int;
@@ -121,12 +122,20 @@ pub unsafe extern "C" fn mmap64(
 pub unsafe extern "C" fn madvise(addr: Address, len: usize, advice: c_int) -> c_int {
     let next = behind(&MADVISE);
     // SAFETY: the caller's.
-    interpose::madvise(addr, len, advice, || unsafe {
+    let result = interpose::madvise(addr, len, advice, || unsafe {
         match next {
             Some(next) => next(addr, len, advice),
             None => libc::syscall(libc::SYS_madvise, addr, len, advice) as c_int,
         }
-    })
+    });
+    // userfaultfd tells nothing of guard regions: what is on a device would come back when they are removed.
+    if result == 0 && advice == interpose::MADV_GUARD_INSTALL && start::is_owner() && !alloc::is_internal() {
+        if let Some(runtime) = usvm_capi::process::current() {
+            // An error: the runtime has ended, and everything is home.
+            let _ = runtime.discard(addr.addr() as u64, len as u64);
+        }
+    }
+    result
 }
 
 /// mprotect(2).
