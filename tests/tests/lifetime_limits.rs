@@ -246,3 +246,35 @@ fn a_start_with_everything_locked() {
         drop(area);
     });
 }
+
+/// mlockall fills usvm's own places, too; what is in no record there must not keep memory at home afterwards.
+#[test]
+fn what_was_locked_for_a_while_goes_to_the_device_again() {
+    if !kernel_faults() {
+        return;
+    }
+    isolated("what_was_locked_for_a_while_goes_to_the_device_again", || {
+        let rt = runtime(64 << 20);
+        for len in [K64, M2] {
+            let (area, mut piece) = Area::filled(len, false, &mut Rng::new(3));
+            piece.change(&rt, "before");
+            // SAFETY: this process only, which is the test's own.
+            if unsafe { libc::mlockall(libc::MCL_CURRENT) } != 0 {
+                skipped(format_args!("mlockall: {}", std::io::Error::last_os_error()));
+                return;
+            }
+            piece.check(&rt, "locked");
+            // SAFETY: as it was.
+            assert_eq!(unsafe { libc::munlockall() }, 0);
+            let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
+            while rt.residence(area.at, len).unwrap().device < len {
+                assert!(std::time::Instant::now() < until, "{:?}", rt.residence(area.at, len));
+                rt.prefetch(area.at, len, usvm::Location::Device(0)).wait(None).unwrap();
+            }
+            let at = area.at;
+            rt.launch(0, move |gpu| gpu.fetch_add_u64(at, 0).map(drop)).wait(None).unwrap();
+            piece.check(&rt, "afterwards");
+        }
+        rt.shutdown();
+    });
+}

@@ -73,10 +73,17 @@ impl Mover {
         self.unbind(range, bound);
         let (Some(shadow), Some(bo)) = (&m.shadow, &m.bo) else { unreachable!("made above") };
 
-        let (flipped, stopped) = match self.host.flip_out(span, shadow, &wanted) {
+        let flip = |pages: &PageMask| match self.host.flip_out(span, shadow, pages) {
             Ok(flipped) => (flipped, None),
             Err(stop) => (stop.moved, Some(stop.why)),
         };
+        let (mut flipped, mut stopped) = flip(&wanted);
+        if stopped == Some(FlipError::Exists) {
+            // Pages lie in the shadow that are in no record: their release failed, or mlockall filled it. They hold nothing.
+            self.host.shadow_release(shadow, &wanted.minus(&m.retained).minus(&flipped));
+            let (more, why) = flip(&wanted.minus(&flipped));
+            (flipped, stopped) = (flipped.or(&more), why);
+        }
         m.strayed = m.strayed.or(&flipped);
         m.retained = m.retained.or(&flipped);
         match stopped {
