@@ -96,10 +96,10 @@ unsafe fn whole_or_pieces(
         unsafe { *libc::__errno_location() = errno };
         libc::MAP_FAILED
     };
-    if ours && flags & libc::MREMAP_FIXED != 0 && old.addr().abs_diff(new.addr()) >= old_len.max(new_len) {
+    if ours && flags & libc::MREMAP_FIXED != 0 {
         match by_pieces() {
             Ok(moved) => return moved,
-            // Not pieces of one mapping: the kernel's to judge.
+            // Not pieces of one mapping, or no sensible call: the kernel's to judge.
             Err(libc::EFAULT) => {}
             Err(errno) => return refused(errno),
         }

@@ -95,7 +95,8 @@ unsafe fn one_piece(
     Err(libc::EFAULT)
 }
 
-/// mremap by `next`, piece by piece. An error is the errno.
+/// mremap by `next`, piece by piece. An error is the errno; EFAULT, with nothing changed, also for calls that the kernel
+/// would refuse: it is to say so itself.
 ///
 /// # Safety
 /// As mremap.
@@ -107,17 +108,26 @@ pub(crate) unsafe fn move_all(
     flags: c_int,
     new: *mut c_void,
 ) -> Result<*mut c_void, c_int> {
-    let new_len = new_len.next_multiple_of(PAGE);
-    let whole = old_len.next_multiple_of(PAGE);
-    let old_len = whole.min(new_len);
-    let (start, end) = (old.expose_provenance(), old.addr() + old_len);
     let fixed = flags & libc::MREMAP_FIXED != 0;
-    if flags & !(libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) != 0 || !is_alike(start, end) {
+    let aligned = |len: usize| len.checked_next_multiple_of(PAGE).filter(|len| *len > 0).ok_or(libc::EFAULT);
+    let (whole, new_len) = (aligned(old_len)?, aligned(new_len)?);
+    let apart = old.addr().abs_diff(new.addr()) >= if new.addr() < old.addr() { new_len } else { whole };
+    let known = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+    let sensible = flags & !known == 0
+        && old.addr().is_multiple_of(PAGE)
+        && (!fixed || flags == known && new.addr().is_multiple_of(PAGE) && apart);
+    let old_len = whole.min(new_len);
+    let (start, end) = (old.expose_provenance(), old.addr().wrapping_add(old_len));
+    if !sensible || !is_alike(start, end) {
         return Err(libc::EFAULT);
     }
-    if whole > old_len {
+    let give_up = || {
         // SAFETY: what the program gives up.
-        unsafe { libc::munmap(old.with_addr(end), whole - old_len) };
+        let kept = whole > old_len && unsafe { libc::munmap(old.with_addr(end), whole - old_len) } != 0;
+        if kept { Err(last_errno()) } else { Ok(()) }
+    };
+    if !fixed && whole >= new_len {
+        return give_up().map(|()| old);
     }
     let added = new_len - old_len;
     if !fixed {
@@ -144,7 +154,8 @@ pub(crate) unsafe fn move_all(
     // SAFETY: what the program moves, to where it moves it.
     let result =
         unsafe { pieces.go(last, end, &mut moved).and_then(|()| pieces.go(start, last, &mut moved)) };
-    if let Err(errno) = result {
+    // What was given up goes last: then nothing can fail any more.
+    if let Err(errno) = result.and_then(|()| give_up()) {
         // SAFETY: what has just been moved; the reservation is nobody's.
         unsafe {
             pieces.come_back(&moved);

@@ -118,3 +118,52 @@ fn a_place_that_the_program_names_takes_all_or_nothing() {
         unmap(at, 2 * LEN);
     }
 }
+
+/// What the kernel would refuse is refused before anything is given up.
+#[test]
+fn a_call_that_makes_no_sense_changes_nothing() {
+    let _alone = ALONE.lock().unwrap();
+    let at = divided();
+    let there = reserve(LEN).unwrap();
+    let (may, fixed) = (libc::MREMAP_MAYMOVE, libc::MREMAP_FIXED);
+    for (shift, len, new_len, flags, to) in [
+        (0, LEN, PAGE, may | fixed, there.wrapping_byte_add(1)),
+        (0, LEN, PAGE, fixed, there),
+        (1, LEN, PAGE, may | fixed, there),
+        (0, LEN, 0, may | fixed, there),
+        (0, LEN, usize::MAX, may | fixed, there),
+        (0, LEN, PAGE, may | fixed, at.wrapping_add(2 * PAGE).cast()),
+        (0, LEN, PAGE, may | fixed | 64, there),
+    ] {
+        // SAFETY: a call that is refused.
+        let result = unsafe { move_all(sometimes, at.wrapping_add(shift).cast(), len, new_len, flags, to) };
+        assert_eq!(result, Err(libc::EFAULT), "{shift} {len} {new_len} {flags} {to:?}");
+        assert!(is_whole(at));
+    }
+    unmap(there.cast(), LEN);
+    unmap(at, 2 * LEN);
+}
+
+/// A mapping that shrinks loses its end only when the rest has moved.
+#[test]
+fn a_smaller_mapping_that_cannot_move_keeps_its_end() {
+    let _alone = ALONE.lock().unwrap();
+    for until in 0..5 {
+        let at = divided();
+        let there = reserve(LEN).unwrap();
+        UNTIL.store(until, Ordering::Relaxed);
+        let how = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        // SAFETY: moves a part of the test's own mapping over its own reservation.
+        let result = unsafe { move_all(sometimes, at.cast(), LEN, 10 * PAGE, how, there) };
+        UNTIL.store(usize::MAX, Ordering::Relaxed);
+        assert_eq!(result.is_ok(), until >= 4, "{until}: {result:?}");
+        if result.is_err() {
+            assert!(is_whole(at), "after {until} calls");
+        } else {
+            let end = at as usize + LEN;
+            assert!(!mappings().iter().any(|m| m.start < end && m.end > at as usize), "all of it is gone");
+        }
+        unmap(there.cast(), LEN);
+        unmap(at, 2 * LEN);
+    }
+}
