@@ -5,18 +5,20 @@
 //! starts it, the last release shuts it down. Nobody starts one otherwise.
 //!
 //! # Locking
-//! One mutex around the count; it is held while the runtime starts and stops, so two callers never start two. The lock
-//! is never taken by usvm's service threads.
+//! One mutex around the count; it is held while the runtime starts and stops, so two callers never start two, and a fork
+//! runs beside neither. The lock is never taken by usvm's service threads.
 //!
 //! # Limits
 //! A forked child begins without a runtime: what the parent had acquired is forgotten there, and acquiring starts a new
 //! one.
 
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
 
+use usvm::ground::alloc;
 use usvm::{Config, Error, Result, Runtime};
 
-use crate::api::fork;
+use crate::api::{fork, init};
 
 struct Shared {
     runtime: Runtime,
@@ -95,6 +97,28 @@ pub fn release() -> Result<()> {
         ended.runtime.shutdown();
     }
     Ok(())
+}
+
+/// How long the end of the process waits for those who start, stop or fork.
+const LONGEST_WAIT: Duration = Duration::from_secs(10);
+
+/// The end of the process: accesses that the C interface began are over, and the runtime is shut down, whoever has
+/// acquired it. No fork of another thread comes in between. Does nothing where somebody does not let go of the lock: it may
+/// be the very thread that ends the process, in a signal handler.
+pub fn end() {
+    let since = Instant::now();
+    let shared = loop {
+        match SHARED.try_lock() {
+            Ok(shared) => break shared,
+            Err(TryLockError::Poisoned(poisoned)) => break poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) if since.elapsed() > LONGEST_WAIT => return,
+            Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_micros(50)),
+        }
+    };
+    if let Some(shared) = shared.as_ref().filter(|s| s.owner == std::process::id()) {
+        alloc::internal(|| init::end_accesses(&shared.runtime));
+        shared.runtime.shutdown();
+    }
 }
 
 /// Keeps the runtime as it is while it lives: for the time of a fork.

@@ -16,7 +16,8 @@
 //! the other threads go on, then the statistics and the trace are written.
 //!
 //! # Locking
-//! None of its own.
+//! None of its own. The end holds the lock of [`process`] while everything comes home: a thread that forks or begins then
+//! waits, and the end waits for those that do so already. `_exit` waits for nobody.
 //!
 //! # Limits
 //! A library opened by dlopen in a process that runs already starts chaos in the background only.
@@ -244,15 +245,10 @@ extern "C" fn in_child() {
     }
 }
 
-/// The runtime, if it runs in this very process.
-fn own_runtime() -> Option<Runtime> {
-    // First of all: a child of vfork must not even look at what is its parent's.
-    is_owner().then(process::peek).flatten()
-}
-
 /// Tells the statistics, if they are asked for.
 pub(crate) fn report() {
-    if let Some(runtime) = own_runtime() {
+    // In this order: as in `destruct`.
+    if let Some(runtime) = is_owner().then(process::peek).flatten() {
         let config = runtime.config();
         if config.show_stats || config.stats_file.is_some() {
             runtime.report();
@@ -262,8 +258,9 @@ pub(crate) fn report() {
 
 extern "C" fn destruct() {
     ENDING.store(true, Ordering::Relaxed);
-    if let Some(runtime) = own_runtime() {
-        runtime.shutdown();
+    // First of all: a child of vfork must not even look at what is its parent's.
+    if is_owner() {
+        process::end();
     }
 }
 

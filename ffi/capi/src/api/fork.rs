@@ -5,7 +5,7 @@
 //! that some other thread holds. The child forgets the parent's handles and its runtime.
 //!
 //! # Locking
-//! The process's runtime first, then the tables. Nobody else holds both.
+//! The process's runtime first, then the tables. So does the end of the process; nobody else holds both.
 //!
 //! # Safety
 //! `pthread_atfork` gets functions that live as long as this code, which is never unloaded (`-z nodelete`). The place for

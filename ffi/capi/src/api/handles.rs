@@ -14,7 +14,8 @@
 use std::cell::Cell;
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
+use std::time::Duration;
 
 use usvm::{Bracket, Fence, Runtime};
 
@@ -156,6 +157,18 @@ static TABLES: Mutex<Tables> = Mutex::new(Tables {
 /// The tables. For application threads; see the module for how long.
 pub(crate) fn lock() -> MutexGuard<'static, Tables> {
     TABLES.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The tables, if they can be had within a while.
+pub(crate) fn try_lock() -> Option<MutexGuard<'static, Tables>> {
+    (0..1000).find_map(|_| match TABLES.try_lock() {
+        Ok(tables) => Some(tables),
+        Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+        Err(TryLockError::WouldBlock) => {
+            std::thread::sleep(Duration::from_micros(50));
+            None
+        }
+    })
 }
 
 impl Tables {

@@ -92,13 +92,29 @@ pub extern "C" fn usvm_shutdown() -> usvm_result_t {
         let notifiers = tables.notifiers.clear();
         drop(tables);
         notify::end_all(notifiers);
-        if let Some(runtime) = process::current() {
-            for bracket in open_brackets(&spaces, &works) {
-                runtime.end_access(bracket)?;
-            }
-        }
-        Ok(process::release()?)
+        let ended = process::current().map_or(Ok(()), |r| end_all(&r, open_brackets(&spaces, &works)));
+        process::release()?;
+        Ok(ended?)
     })
+}
+
+/// Ends `brackets`, all of them; the first error is told.
+pub(super) fn end_all(runtime: &usvm::Runtime, brackets: Vec<usvm::Bracket>) -> usvm::Result<()> {
+    brackets.into_iter().map(|bracket| runtime.end_access(bracket)).fold(Ok(()), Result::and)
+}
+
+/// The process ends: what is begun and not ended will not be ended by the program any more.
+pub(crate) fn end_accesses(runtime: &usvm::Runtime) {
+    let open = {
+        // Whoever has the lock holds it for some instructions, or for a fork, which there is not now; or is interrupted by
+        // this very thread.
+        let Some(tables) = handles::try_lock() else { return };
+        let spaces: Vec<_> = tables.spaces.iter().map(|(_, space)| space.clone()).collect();
+        let works: Vec<_> = tables.works.iter().map(|(_, work)| work.clone()).collect();
+        drop(tables);
+        open_brackets(&spaces, &works)
+    };
+    let _ = end_all(runtime, open);
 }
 
 /// Takes what is begun and not ended out of `spaces` and `works`.
