@@ -8,7 +8,7 @@ use std::ffi::c_char;
 use std::sync::{Arc, Mutex};
 
 use super::handles::{self, Id, Space};
-use super::init::open_brackets;
+use super::init::{end_all, open_brackets};
 use super::result::{Failure, call, usvm_result_t};
 use super::types::{usvm_device_t, usvm_space_config_t, usvm_space_t};
 use super::{notify, user};
@@ -54,12 +54,8 @@ pub extern "C" fn usvm_space_destroy(space: usvm_space_t) -> usvm_result_t {
         let notifiers = notifiers.into_iter().filter_map(|id| tables.notifiers.remove(id)).collect();
         drop(tables);
         notify::end_all(notifiers);
-        if let Some(runtime) = process::current() {
-            for bracket in open_brackets(&[found], &works) {
-                runtime.end_access(bracket)?;
-            }
-        }
-        Ok(())
+        let open = open_brackets(&[found], &works);
+        Ok(process::current().map_or(Ok(()), |runtime| end_all(&runtime, open))?)
     })
 }
 
