@@ -64,7 +64,7 @@ use crate::observe::stats::StatsSnapshot;
 use crate::observe::watch::Change;
 use crate::policy;
 use crate::space::mover::{self, Mover, Range};
-use crate::space::ports::{Device, DeviceInfo, FaultSink, GpuAccess};
+use crate::space::ports::{Device, DeviceInfo, FaultSink, GpuAccess, HostMemory};
 use crate::space::span_map::SpanMap;
 use crate::space::svm::{PIN_PATIENCE, Svm, Want};
 use crate::space::timeslice::Rule;
@@ -85,6 +85,9 @@ const LONGEST_STAY: u32 = 64;
 
 /// How long the start waits for threads that do not begin.
 const LONGEST_START: Duration = Duration::from_secs(2);
+
+/// How long the end waits for events that nobody takes.
+const LONGEST_END: Duration = Duration::from_secs(5);
 
 /// A place memory can be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -513,6 +516,7 @@ impl Inner {
     /// Stops the threads and lets go of all memory.
     fn finish(&self, state: u8) {
         self.host.unregister_all();
+        self.read_to_the_end(state == WITHDRAWN);
         self.service.stop();
         self.host.close();
         self.control.stop();
@@ -525,6 +529,19 @@ impl Inner {
         let raw = CURRENT.swap(ptr::null_mut(), Ordering::SeqCst);
         protect::wait_for_lookers();
         reclaim(raw);
+    }
+
+    /// Reads on until no event is waited for any more: a fork that began before the kernel let go of everything waits for
+    /// its own, and its child has the userfaultfd open, so that no close would end that. By hand where no service thread
+    /// can be relied on.
+    fn read_to_the_end(&self, by_hand: bool) {
+        let until = Instant::now() + LONGEST_END;
+        while self.host.mappings_change() && Instant::now() < until {
+            if by_hand {
+                self.service.rescue();
+            }
+            std::thread::sleep(Duration::from_micros(50));
+        }
     }
 
     /// The statistics now.
