@@ -27,7 +27,7 @@ use std::ffi::OsString;
 use std::fmt;
 use std::io::{self, Write as _};
 use std::path::PathBuf;
-use std::sync::Once;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The variable that holds further options.
 pub const CONF: &str = "USVM_CONF";
@@ -409,8 +409,11 @@ pub fn is_variable(name: &[u8]) -> bool {
 /// Tells on stderr of `USVM_*` variables that usvm does not know, once in this process, and not if its parent did: a parent
 /// that started with the same names and the preload library.
 pub fn tell_unknown() {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
+    // Nobody waits for who tells: a child of fork would wait for ever.
+    static TOLD: AtomicBool = AtomicBool::new(false);
+    if TOLD.swap(true, Ordering::Relaxed) {
+        return;
+    }
         let is_unknown = |name: &OsString| {
             let name = name.as_encoded_bytes();
             name.starts_with(b"USVM_") && !is_variable(name)
@@ -423,7 +426,6 @@ pub fn tell_unknown() {
             // Where nobody reads there is nobody to tell.
             let _ = writeln!(io::stderr(), "usvm: {}", unknown(&name.to_string_lossy()));
         }
-    });
 }
 
 /// Whether the process that started this one started with the preload library and all of `names`.
