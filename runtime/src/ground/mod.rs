@@ -8,6 +8,7 @@ pub mod config;
 pub mod error;
 pub mod fds;
 pub mod inject;
+pub mod once;
 pub(crate) mod renew;
 pub mod sync;
 pub mod thread;

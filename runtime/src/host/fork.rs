@@ -16,8 +16,10 @@
 #![allow(unsafe_code)]
 
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicI32, Ordering};
 
 use crate::ground::error::{Errno, Error, Result};
+use crate::ground::once::Once;
 
 /// What runs around a fork, on the thread that forks.
 #[derive(Debug, Clone, Copy)]
@@ -31,6 +33,7 @@ pub struct Handlers {
 }
 
 static HANDLERS: OnceLock<Handlers> = OnceLock::new();
+static INSTALLED: Once = Once::new();
 
 extern "C" fn prepare() {
     if let Some(handlers) = HANDLERS.get() {
@@ -45,6 +48,8 @@ extern "C" fn parent() {
 }
 
 extern "C" fn child() {
+    // Also where another thread was about to note it.
+    INSTALLED.done();
     if let Some(handlers) = HANDLERS.get() {
         (handlers.child)();
     }
@@ -52,10 +57,13 @@ extern "C" fn child() {
 
 /// Installs the handlers, once for the life of the process; later calls do nothing.
 pub fn install(handlers: Handlers) -> Result<()> {
-    static INSTALLED: OnceLock<i32> = OnceLock::new();
+    static RESULT: AtomicI32 = AtomicI32::new(0);
     let _ = HANDLERS.set(handlers);
-    // SAFETY: the three functions are of this program and never go away while usvm's code is loaded.
-    let result =
-        *INSTALLED.get_or_init(|| unsafe { libc::pthread_atfork(Some(prepare), Some(parent), Some(child)) });
+    INSTALLED.run(|| {
+        // SAFETY: the three functions are of this program and never go away while usvm's code is loaded.
+        let result = unsafe { libc::pthread_atfork(Some(prepare), Some(parent), Some(child)) };
+        RESULT.store(result, Ordering::Release);
+    });
+    let result = RESULT.load(Ordering::Acquire);
     if result == 0 { Ok(()) } else { Err(Error::os("pthread_atfork", Errno(result))) }
 }

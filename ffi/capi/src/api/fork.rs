@@ -13,7 +13,9 @@
 #![allow(unsafe_code)]
 
 use std::cell::UnsafeCell;
-use std::sync::{MutexGuard, Once};
+use std::sync::MutexGuard;
+
+use usvm::ground::once::Once;
 
 use super::handles::{self, Tables};
 use crate::process;
@@ -24,6 +26,7 @@ struct Held(UnsafeCell<Option<(process::Hold, MutexGuard<'static, Tables>)>>);
 unsafe impl Sync for Held {}
 
 static HELD: Held = Held(UnsafeCell::new(None));
+static INSTALLED: Once = Once::new();
 
 extern "C" fn prepare() {
     let guards = (process::hold(), handles::lock());
@@ -37,6 +40,8 @@ extern "C" fn parent() {
 }
 
 extern "C" fn child() {
+    // Also where another thread was about to note it.
+    INSTALLED.done();
     // SAFETY: the only thread of the child is the one that took both locks in `prepare`.
     if let Some((mut process, mut tables)) = unsafe { (*HELD.0.get()).take() } {
         process.forget();
@@ -47,8 +52,7 @@ extern "C" fn child() {
 
 /// Installs the handlers, once. Before the runtime installs its own, which then run inside of these.
 pub(crate) fn install() {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
+    INSTALLED.run(|| {
         // SAFETY: see the module. Without memory for the handlers a child of fork may find a lock held: no worse than
         // any other program with threads.
         unsafe { libc::pthread_atfork(Some(prepare), Some(parent), Some(child)) };
