@@ -98,6 +98,9 @@ unsafe extern "C" fn construct(_: c_int, _: *const *const c_char, environment: *
         // SAFETY: as above.
         MAIN.store(unsafe { libc::pthread_self() }, Ordering::Relaxed);
     }
+    // Here, not only where a runtime starts: threads are counted from now on, and a child has one.
+    // SAFETY: a function that is never unloaded (the library is linked with -z nodelete).
+    unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
     usvm::runtime::on_start(started);
     process::on_handlers(watch_forks);
     STATE.store(READY, Ordering::Relaxed);
@@ -189,8 +192,8 @@ fn started(runtime: &Runtime) {
 fn watch_forks() {
     static WATCHES_FORK: AtomicBool = AtomicBool::new(false);
     if !WATCHES_FORK.swap(true, Ordering::Relaxed) {
-        // SAFETY: a function that is never unloaded (the library is linked with -z nodelete).
-        unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
+        // SAFETY: as in `construct`.
+        unsafe { libc::pthread_atfork(None, None, Some(chaos_in_child)) };
     }
 }
 
@@ -236,10 +239,14 @@ pub(crate) fn detached(body: extern "C" fn(*mut c_void) -> *mut c_void, with: *m
     }
 }
 
-/// In a forked child.
+/// In a forked child, before the runtime's own handlers.
 extern "C" fn in_child() {
     OWNER.store(0, Ordering::Relaxed);
     threads::forget_in_child();
+}
+
+/// In a forked child, after them.
+extern "C" fn chaos_in_child() {
     if CHAOS.load(Ordering::Relaxed) && !ENDING.load(Ordering::Relaxed) {
         start_later(LATER);
     }
