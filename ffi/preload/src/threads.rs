@@ -32,7 +32,7 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize
 use std::time::Duration;
 
 use usvm::Runtime;
-use usvm::ground::alloc;
+use usvm::ground::{alloc, thread};
 
 use crate::next::Next;
 use crate::start;
@@ -152,17 +152,27 @@ fn end_with_the_others() {
 fn others() -> Vec<libc::pid_t> {
     // SAFETY: asks who this is.
     let own = unsafe { libc::gettid() };
+    // By their ids: any thread may have any name.
+    let service: Vec<_> = thread::living().into_iter().map(|(id, _)| id.as_raw_nonzero().get()).collect();
     let Ok(tasks) = fs::read_dir("/proc/self/task") else { return Vec::new() };
     let ids = tasks.flatten().filter_map(|task| task.file_name().to_str()?.parse().ok());
     let is_foreign = |id: &libc::pid_t| {
-        // "id (name) state …". The first thread stays as a zombie when it has ended before the others; another has no file then.
-        let Ok(stat) = fs::read(format!("/proc/self/task/{id}/stat")) else { return false };
-        let end = stat.iter().rposition(|byte| *byte == b')').unwrap_or(stat.len());
-        let ended = matches!(stat.get(end + 2), Some(b'Z' | b'X') | None);
-        let ours = stat.split(|byte| *byte == b'(').nth(1).is_some_and(|name| name.starts_with(b"usvm-"));
-        *id != own && !ended && !ours
+        // The first thread stays as a zombie when it has ended before the others; another has no file then.
+        let ended = || fields(*id).is_none_or(|fields| is_end(&fields));
+        *id != own && !service.contains(id) && !ended()
     };
     ids.filter(is_foreign).collect()
+}
+
+/// What the kernel tells of a thread, from its state on ("id (name) state …").
+fn fields(id: libc::pid_t) -> Option<Vec<u8>> {
+    let mut stat = fs::read(format!("/proc/self/task/{id}/stat")).ok()?;
+    let end = stat.iter().rposition(|byte| *byte == b')')?;
+    Some(stat.split_off(stat.len().min(end + 2)))
+}
+
+fn is_end(fields: &[u8]) -> bool {
+    matches!(fields.first(), Some(b'Z' | b'X') | None)
 }
 
 /// Remembers the control blocks of threads that began before this library could see them: each lies as far from the head
