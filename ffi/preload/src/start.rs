@@ -222,8 +222,9 @@ fn start_later(delay: Duration) {
     detached(later, std::ptr::without_provenance_mut(delay.as_micros() as usize));
 }
 
-/// Starts a thread of ours that nobody joins, if one can be had. It takes no signals.
-pub(crate) fn detached(body: extern "C" fn(*mut c_void) -> *mut c_void, with: *mut c_void) {
+/// Starts a thread of ours that nobody joins, if one can be had; whether it could. It takes no signals.
+pub(crate) fn detached(body: extern "C" fn(*mut c_void) -> *mut c_void, with: *mut c_void) -> bool {
+    let mut begun = false;
     // SAFETY: attributes are initialised before and destroyed after use; the masks are whole; the thread is detached.
     unsafe {
         let (mut all, mut before, mut attr) = std::mem::zeroed::<(libc::sigset_t, libc::sigset_t, _)>();
@@ -232,11 +233,12 @@ pub(crate) fn detached(body: extern "C" fn(*mut c_void) -> *mut c_void, with: *m
         if libc::pthread_attr_init(&mut attr) == 0 {
             let mut thread = std::mem::zeroed();
             libc::pthread_attr_setdetachstate(&mut attr, libc::PTHREAD_CREATE_DETACHED);
-            usvm::ground::alloc::internal(|| libc::pthread_create(&mut thread, &attr, body, with));
+            begun = usvm::ground::alloc::internal(|| libc::pthread_create(&mut thread, &attr, body, with)) == 0;
             libc::pthread_attr_destroy(&mut attr);
         }
         libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
     }
+    begun
 }
 
 /// In a forked child, before the runtime's own handlers.

@@ -145,7 +145,10 @@ fn end_with_the_others() {
         // SAFETY: what the C library does when the last thread has ended.
         unsafe { libc::exit(0) };
     }
-    start::detached(wait, std::ptr::null_mut());
+    if !start::detached(wait, std::ptr::null_mut()) {
+        // This one has nothing else to do any more.
+        wait(std::ptr::null_mut());
+    }
 }
 
 /// The process's threads that are neither this one nor usvm's own, by their kernel ids. None where the kernel does not tell.
