@@ -102,6 +102,7 @@ unsafe extern "C" fn construct(_: c_int, _: *const *const c_char, environment: *
     // SAFETY: a function that is never unloaded (the library is linked with -z nodelete).
     unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
     usvm::runtime::on_start(started);
+    usvm::runtime::each_second(threads::look_for_the_end);
     process::on_handlers(watch_forks);
     STATE.store(READY, Ordering::Relaxed);
     if words.heap && !heap_is_there() {
@@ -270,6 +271,15 @@ extern "C" fn destruct() {
     // First of all: a child of vfork must not even look at what is its parent's.
     if is_owner() {
         process::end();
+    }
+}
+
+/// Ends the process where no thread of the program is left that would run what it registered for its end.
+pub(crate) fn leave(status: c_int) -> ! {
+    destruct();
+    loop {
+        // SAFETY: ends the process.
+        unsafe { libc::syscall(libc::SYS_exit_group, status) };
     }
 }
 

@@ -11,7 +11,8 @@
 //! so the program's are counted, and the last one, when its own destructors have run, calls `exit(0)` as the C library
 //! does. Threads may live that were not counted: those that were there before this library, and all later ones where it was
 //! loaded late, as a layer of an OpenCL loader is. So the kernel's list is asked first, and while it has others than
-//! usvm's a thread looks now and then whether they have ended.
+//! usvm's a thread looks now and then whether they have ended. A thread that ends by the system call itself is not seen;
+//! about once a second the runtime's housekeeping looks whether all are gone that way.
 //!
 //! # Locking
 //! None: [`TABLE`] is atomics. A new thread of a program with a running runtime waits for one request to it, unless its
@@ -20,7 +21,8 @@
 //! # Limits
 //! [`BLOCKS`] different places of blocks are remembered; threads beyond them are not protected. Those that begin unseen while
 //! a runtime runs are not either: the C library's own (asynchronous I/O, timers), which nobody joins, and in a program that
-//! loaded this library late all of them.
+//! loaded this library late all of them. What a thread other than the first gives to the system call by which it ends as the
+//! last one is not seen, and neither is who was the last within one second.
 //!
 //! # Safety
 //! The thread pointer is the block's address on x86-64 (psABI). What a thread starts with lives in a static slot or in a
@@ -149,6 +151,42 @@ fn end_with_the_others() {
         // This one has nothing else to do any more.
         wait(std::ptr::null_mut());
     }
+}
+
+/// Called about once a second while a runtime runs. A thread that ended by the system call itself was not seen to end, and is
+/// counted for ever: where none but usvm's are left the process ends as the kernel would end it, without exit handlers.
+pub(crate) fn look_for_the_end() {
+    /// Whether the first thread has ended while others lived.
+    static OUTLIVED: AtomicBool = AtomicBool::new(false);
+    extern "C" fn leave(_: *mut c_void) -> *mut c_void {
+        // The last thread's, which ends with 0; where the first was the last one, its own.
+        let outlived = OUTLIVED.load(Ordering::Relaxed);
+        start::leave(if outlived { 0 } else { alloc::internal(status_of_first).unwrap_or(0) })
+    }
+    if all_ended() || !fields(first()).is_some_and(|fields| is_end(&fields)) {
+        return;
+    }
+    if !others().is_empty() {
+        return OUTLIVED.store(true, Ordering::Relaxed);
+    }
+    if !WAITING.swap(true, Ordering::Relaxed) && !start::detached(leave, std::ptr::null_mut()) {
+        // Another time.
+        WAITING.store(false, Ordering::Relaxed);
+    }
+}
+
+/// What the first thread has ended with.
+fn status_of_first() -> Option<c_int> {
+    let fields = String::from_utf8(fields(first())?).ok()?;
+    // Field 52, of which the state is the third, as wait tells it.
+    let status: c_int = fields.split_ascii_whitespace().nth(49)?.parse().ok()?;
+    Some(status >> 8 & 0xff)
+}
+
+/// The process's first thread.
+fn first() -> libc::pid_t {
+    // SAFETY: asks who this is.
+    unsafe { libc::getpid() }
 }
 
 /// The process's threads that are neither this one nor usvm's own, by their kernel ids. None where the kernel does not tell.

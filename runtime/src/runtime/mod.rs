@@ -170,6 +170,7 @@ pub struct Runtime {
 }
 
 pub use protect::protection_changed;
+pub use watchdog::each_second;
 
 /// What the program holds; the threads hold only what is inside.
 struct Handle(Arc<Inner>);
