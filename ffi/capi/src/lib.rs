@@ -13,6 +13,7 @@
 //! The library that this is linked into has the `#[global_allocator]`.
 
 pub mod api;
+pub mod cancel;
 pub mod heap_error;
 pub mod interpose;
 pub mod process;

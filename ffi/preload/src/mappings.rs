@@ -8,6 +8,8 @@
 //! - `pthread_getattr_np` takes the main thread's stack for as large as the mapping that holds its beginning; engines
 //!   that read it (JavaScript, Scheme, garbage collectors) would run out of stack at once.
 //!
+//! Neither is a cancellation point, as they are not in the C library.
+//!
 //! # Locking
 //! None.
 //!
@@ -20,6 +22,7 @@
 use std::ffi::{c_int, c_void};
 
 use usvm::ground::alloc;
+use usvm_capi::cancel::shielded;
 use usvm_capi::interpose;
 
 use crate::next::Next;
@@ -89,7 +92,7 @@ unsafe fn whole_or_pieces(
     // whole.
     let by_pieces = || {
         // SAFETY: the caller's.
-        alloc::internal(|| unsafe { pieces::move_all(next, old, old_len, new_len, flags, new) })
+        shielded(|| alloc::internal(|| unsafe { pieces::move_all(next, old, old_len, new_len, flags, new) }))
     };
     let refused = |errno| {
         // SAFETY: the calling thread's own errno.
@@ -123,7 +126,7 @@ pub unsafe extern "C" fn pthread_getattr_np(
     let failed = unsafe { GETATTR.get()(thread, attr) };
     if failed == 0 && start::is_owner() && start::is_main_thread(thread) {
         // SAFETY: the attributes that were just filled in.
-        alloc::internal(|| unsafe { widen(attr) });
+        shielded(|| alloc::internal(|| unsafe { widen(attr) }));
     }
     failed
 }

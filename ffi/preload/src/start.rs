@@ -234,7 +234,8 @@ pub(crate) fn detached(body: extern "C" fn(*mut c_void) -> *mut c_void, with: *m
         if libc::pthread_attr_init(&mut attr) == 0 {
             let mut thread = std::mem::zeroed();
             libc::pthread_attr_setdetachstate(&mut attr, libc::PTHREAD_CREATE_DETACHED);
-            begun = usvm::ground::alloc::internal(|| libc::pthread_create(&mut thread, &attr, body, with)) == 0;
+            begun =
+                usvm::ground::alloc::internal(|| libc::pthread_create(&mut thread, &attr, body, with)) == 0;
             libc::pthread_attr_destroy(&mut attr);
         }
         libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());

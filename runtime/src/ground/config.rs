@@ -414,18 +414,18 @@ pub fn tell_unknown() {
     if TOLD.swap(true, Ordering::Relaxed) {
         return;
     }
-        let is_unknown = |name: &OsString| {
-            let name = name.as_encoded_bytes();
-            name.starts_with(b"USVM_") && !is_variable(name)
-        };
-        let names: Vec<OsString> = std::env::vars_os().map(|(name, _)| name).filter(is_unknown).collect();
-        if names.is_empty() || is_secure() || parent_met(&names) {
-            return;
-        }
-        for name in names {
-            // Where nobody reads there is nobody to tell.
-            let _ = writeln!(io::stderr(), "usvm: {}", unknown(&name.to_string_lossy()));
-        }
+    let is_unknown = |name: &OsString| {
+        let name = name.as_encoded_bytes();
+        name.starts_with(b"USVM_") && !is_variable(name)
+    };
+    let names: Vec<OsString> = std::env::vars_os().map(|(name, _)| name).filter(is_unknown).collect();
+    if names.is_empty() || is_secure() || parent_met(&names) {
+        return;
+    }
+    for name in names {
+        // Where nobody reads there is nobody to tell.
+        let _ = writeln!(io::stderr(), "usvm: {}", unknown(&name.to_string_lossy()));
+    }
 }
 
 /// Whether the process that started this one started with the preload library and all of `names`.

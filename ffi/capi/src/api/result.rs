@@ -2,7 +2,8 @@
 //!
 //! # Overview
 //! `call` is the frame: inside it this thread's allocations come from usvm's own memory and changes of mappings are
-//! usvm's own and not told to notifiers (`usvm::ground::alloc`), a failure is written down for `usvm_last_error`, and a panic is a result.
+//! usvm's own and not told to notifiers (`usvm::ground::alloc`), the thread is not cancelled, a failure is written down for
+//! `usvm_last_error`, and a panic is a result.
 //!
 //! # Safety
 //! `usvm_last_error` gives out a pointer into this thread's storage, which lives as long as the thread and is changed only
@@ -18,6 +19,7 @@ use usvm::Error;
 use usvm::ground::alloc;
 
 use super::user;
+use crate::cancel::shielded;
 
 /// What a function of the header returns.
 #[allow(non_camel_case_types, reason = "the header's name")]
@@ -188,7 +190,7 @@ pub(crate) fn outside<T>(f: impl FnOnce() -> T) -> T {
 
 /// The frame around a call.
 pub(crate) fn call(f: impl FnOnce() -> Done) -> usvm_result_t {
-    alloc::internal(|| {
+    let framed = || {
         let result = catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|panic| {
             let what = panic
                 .downcast_ref::<String>()
@@ -204,7 +206,8 @@ pub(crate) fn call(f: impl FnOnce() -> Done) -> usvm_result_t {
                 failure.code
             }
         }
-    })
+    };
+    shielded(|| alloc::internal(framed))
 }
 
 /// errno.
