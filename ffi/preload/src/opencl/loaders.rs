@@ -16,7 +16,7 @@
 
 use std::ffi::{CStr, c_void};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Mutex, MutexGuard, OnceLock};
 
 use super::dispatch::{Dispatch, ENTRIES, Raw};
 use super::stats::COUNTS;
@@ -75,7 +75,8 @@ pub fn known(base: usize) -> Option<Known> {
 
 /// Takes a loader that calls the layer; gives its slot.
 pub fn add_layered(base: usize, raw: Raw) -> Option<usize> {
-    let slot = add(base, raw, true)?;
+    let filling = FILLING.lock().unwrap_or_else(|p| p.into_inner());
+    let slot = add(base, raw, true, filling)?;
     for loader in LOADERS.iter().filter_map(OnceLock::get).filter(|l| base != 0 && l.base == base) {
         loader.layered.store(true, Ordering::Release);
     }
@@ -88,13 +89,19 @@ pub fn add_preloaded(base: usize, raw: impl FnOnce() -> Raw) -> Option<Known> {
     if let Some(known) = known(base) {
         return Some(known);
     }
-    let slot = add(base, raw(), false)?;
+    let raw = raw();
+    let filling = FILLING.lock().unwrap_or_else(|p| p.into_inner());
+    // Another thread may have met it meanwhile.
+    if let Some(known) = known(base) {
+        return Some(known);
+    }
+    let slot = add(base, raw, false, filling)?;
     COUNTS.preloads.add(1);
     Some(Known::Preloaded(slot))
 }
 
-fn add(base: usize, raw: Raw, layered: bool) -> Option<usize> {
-    let filling = FILLING.lock().unwrap_or_else(|p| p.into_inner());
+/// Fills a slot; settings are asked for without the lock.
+fn add(base: usize, raw: Raw, layered: bool, filling: MutexGuard<'_, ()>) -> Option<usize> {
     let slot = LOADERS.iter().position(|l| l.get().is_none())?;
     let target = Dispatch::from_raw(raw);
     let wrapped = instance(slot, &target);
