@@ -30,6 +30,7 @@ use std::io::Write as _;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
+use usvm::ground::atfork;
 use usvm::{Config, Runtime};
 use usvm_capi::process;
 
@@ -100,7 +101,7 @@ unsafe extern "C" fn construct(_: c_int, _: *const *const c_char, environment: *
     }
     // Here, not only where a runtime starts: threads are counted from now on, and a child has one.
     // SAFETY: a function that is never unloaded (the library is linked with -z nodelete).
-    unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
+    unsafe { atfork::register(None, None, Some(in_child)) };
     usvm::runtime::on_start(started);
     usvm::runtime::each_second(threads::look_for_the_end);
     process::on_handlers(watch_forks);
@@ -194,7 +195,7 @@ fn watch_forks() {
     static WATCHES_FORK: AtomicBool = AtomicBool::new(false);
     if !WATCHES_FORK.swap(true, Ordering::Relaxed) {
         // SAFETY: as in `construct`.
-        unsafe { libc::pthread_atfork(None, None, Some(chaos_in_child)) };
+        unsafe { atfork::register(None, None, Some(chaos_in_child)) };
     }
 }
 

@@ -4,6 +4,7 @@
 
 pub mod addr;
 pub mod alloc;
+pub mod atfork;
 pub mod config;
 pub mod error;
 pub mod fds;

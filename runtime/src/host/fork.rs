@@ -18,6 +18,7 @@
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI32, Ordering};
 
+use crate::ground::atfork;
 use crate::ground::error::{Errno, Error, Result};
 use crate::ground::once::Once;
 
@@ -61,7 +62,7 @@ pub fn install(handlers: Handlers) -> Result<()> {
     let _ = HANDLERS.set(handlers);
     INSTALLED.run(|| {
         // SAFETY: the three functions are of this program and never go away while usvm's code is loaded.
-        let result = unsafe { libc::pthread_atfork(Some(prepare), Some(parent), Some(child)) };
+        let result = unsafe { atfork::register(Some(prepare), Some(parent), Some(child)) };
         RESULT.store(result, Ordering::Release);
     });
     let result = RESULT.load(Ordering::Acquire);

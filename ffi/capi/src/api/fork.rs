@@ -15,6 +15,7 @@
 use std::cell::UnsafeCell;
 use std::sync::MutexGuard;
 
+use usvm::ground::atfork;
 use usvm::ground::once::Once;
 
 use super::handles::{self, Tables};
@@ -55,6 +56,6 @@ pub(crate) fn install() {
     INSTALLED.run(|| {
         // SAFETY: see the module. Without memory for the handlers a child of fork may find a lock held: no worse than
         // any other program with threads.
-        unsafe { libc::pthread_atfork(Some(prepare), Some(parent), Some(child)) };
+        unsafe { atfork::register(Some(prepare), Some(parent), Some(child)) };
     });
 }
