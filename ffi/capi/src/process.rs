@@ -62,7 +62,7 @@ pub fn on_handlers(install: fn()) {
 
 /// All of them before the lock: up to glibc 2.35 a thread that forks keeps others from installing handlers while it runs
 /// those that there are, and one of these waits for the lock.
-fn install_handlers() {
+pub(crate) fn install_handlers() {
     fork::install();
     // The start does it again, and tells.
     let _ = usvm::runtime::install_fork_handlers();

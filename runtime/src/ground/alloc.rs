@@ -134,6 +134,11 @@ pub(crate) fn renew_after_fork() {
     ROLE.set(Role::Application);
 }
 
+/// For a forked child without a runtime to leave behind: begins the areas anew whose lock another thread held.
+pub(crate) fn renew_held_after_fork() {
+    [&SERVICE, &MAILBOX].into_iter().filter(|area| area.is_held()).for_each(|area| area.renew());
+}
+
 /// The global allocator of a program that has the runtime inside: routes usvm's own allocations to usvm's own memory
 /// and everything else to `A`.
 #[derive(Debug, Default, Clone, Copy)]
@@ -288,6 +293,13 @@ impl Area {
         let heap = unsafe { &*self.heap.get() };
         // A panic inside the heap would be a bug of the heap; its state is as good as it gets.
         heap.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Whether somebody has the lock.
+    fn is_held(&self) -> bool {
+        // SAFETY: as in `lock`.
+        let heap = unsafe { &*self.heap.get() };
+        matches!(heap.try_lock(), Err(std::sync::TryLockError::WouldBlock))
     }
 
     fn alloc(&self, layout: Layout) -> *mut u8 {

@@ -681,7 +681,10 @@ fn in_child() {
         inner.live.iter().for_each(live::Page::close);
         had_one = true;
     });
-    if had_one {
+    if !had_one {
+        // One may have been about to start.
+        alloc::renew_held_after_fork();
+    } else {
         // The parent's record is left as it is: its locks may be held by threads that do not exist here.
         CURRENT.store(ptr::null_mut(), Ordering::Release);
         FROZEN.set(ptr::null());

@@ -39,6 +39,8 @@ pub extern "C" fn usvm_version() -> u32 {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn usvm_init(config: *const usvm_config_t) -> usvm_result_t {
     call(|| {
+        // First of all: a fork of another thread must not leave its child what this one holds.
+        process::install_handlers();
         let config = if config.is_null() { Config::from_env()? } else { read_config(config)? };
         process::acquire(Some(config))?;
         let mut tables = handles::lock();
