@@ -32,7 +32,9 @@ pub(crate) struct Mapping {
 
 /// The process's mappings, ascending; none if the kernel does not tell.
 pub(crate) fn mappings() -> Vec<Mapping> {
-    let text = std::fs::read_to_string("/proc/thread-self/maps").unwrap_or_default();
+    let text = std::fs::read_to_string("/proc/thread-self/maps").ok();
+    // There may be no descriptor left, or no /proc any more.
+    let text = text.or_else(usvm::runtime::mappings).unwrap_or_default();
     text.lines().filter_map(parse).collect()
 }
 

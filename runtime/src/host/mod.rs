@@ -272,6 +272,11 @@ impl Host {
         }
     }
 
+    /// See [`Maps::text`].
+    pub(crate) fn mappings_text(&self) -> Option<String> {
+        self.maps.text()
+    }
+
     /// Closes the userfaultfd, for ever: the kernel lets go of all memory, also what it had registered by itself, and of
     /// everybody who waits. What is missing then reads as zeroes: bring everything home before.
     pub fn close(&self) {

@@ -19,6 +19,7 @@ use crate::ground::fds::Kept;
 use crate::space::ports::{Vma, VmaKind};
 use linux_raw_sys::general::{procmap_query, procmap_query_flags as flag};
 use rustix::fd::{AsFd, OwnedFd};
+use std::fmt::Write as _;
 use std::sync::{Mutex, PoisonError};
 
 /// One mapping as the kernel has it.
@@ -87,6 +88,37 @@ impl Maps {
             }
             Err(Errno(libc::ENOENT)) => Ok(None),
             Err(errno) => Err(errno),
+        }
+    }
+
+    /// All mappings, as lines of /proc/thread-self/maps without names; none where the kernel has no PROCMAP_QUERY. Any thread.
+    pub(super) fn text(&self) -> Option<String> {
+        if !self.by_query {
+            return None;
+        }
+        let (mut text, mut from) = (String::new(), 0);
+        loop {
+            let q = match sys::procmap_query(self.maps.as_fd(), from, &mut []) {
+                Ok(q) => q,
+                Err(Errno(libc::ENOENT)) => return Some(text),
+                Err(_) => return None,
+            };
+            let may = |f: flag, yes, no| if q.vma_flags & f as u64 != 0 { yes } else { no };
+            let _ = writeln!(
+                text,
+                "{:x}-{:x} {}{}{}{} {:08x} {:02x}:{:02x} {}",
+                q.vma_start,
+                q.vma_end,
+                may(flag::PROCMAP_QUERY_VMA_READABLE, 'r', '-'),
+                may(flag::PROCMAP_QUERY_VMA_WRITABLE, 'w', '-'),
+                may(flag::PROCMAP_QUERY_VMA_EXECUTABLE, 'x', '-'),
+                may(flag::PROCMAP_QUERY_VMA_SHARED, 's', 'p'),
+                q.vma_offset,
+                q.dev_major,
+                q.dev_minor,
+                q.inode
+            );
+            from = q.vma_end;
         }
     }
 

@@ -169,7 +169,7 @@ pub struct Runtime {
     handle: Arc<Handle>,
 }
 
-pub use protect::protection_changed;
+pub use protect::{mappings, protection_changed};
 pub use watchdog::each_second;
 
 /// What the program holds; the threads hold only what is inside.

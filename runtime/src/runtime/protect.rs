@@ -5,6 +5,8 @@
 //! [`protection_changed`] after it, and a Rust program says it by [`Runtime::protection_changed`]: the device's mappings
 //! of the memory are gone when it returns, and the next access asks the kernel what is allowed now.
 //!
+//! [`mappings`] is here because it looks at the running runtime in the same way.
+//!
 //! # Limits
 //! A change that nobody tells (a direct system call, a Rust program's own mprotect) is seen when the device's mapping is
 //! made anew for another reason: an access of a kind that it does not allow, or a migration.
@@ -58,6 +60,16 @@ pub fn protection_changed(addr: u64, len: u64) {
         // A runtime that ends meanwhile takes all mappings away.
         let _ = inner.protection_changed(Span::sized(addr, len).page_aligned());
     }
+}
+
+/// The mappings of this process as lines of /proc/self/maps without names, by what a running runtime has open: for those who
+/// cannot open that. `None` where no runtime runs or Linux is older than 6.11. Any thread; takes no lock.
+pub fn mappings() -> Option<String> {
+    if !is_anywhere() || !here::is_here() {
+        return None;
+    }
+    let _look = Look::begin();
+    alloc::internal(|| current()?.host.mappings_text())
 }
 
 impl Runtime {
