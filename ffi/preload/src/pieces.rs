@@ -85,6 +85,15 @@ unsafe fn one_piece(
             return Err(last_errno());
         }
         // It was divided just now, and what came before the division may have moved.
+        if flags & libc::MREMAP_DONTUNMAP != 0 {
+            // The old place tells nothing: how far is the new one not just reserved?
+            let at = target.addr();
+            let there = mappings().into_iter().find(|m| m.start <= at && m.end > at);
+            match there.filter(|m| !m.kind.starts_with("---p")) {
+                Some(there) => return Ok((end.min(from + (there.end - at)), target)),
+                None => continue,
+            }
+        }
         let rest = mappings()
             .into_iter()
             .filter(|m| m.end > from)
@@ -112,12 +121,15 @@ pub(crate) unsafe fn move_all(
 ) -> Result<*mut c_void, c_int> {
     let fixed = flags & libc::MREMAP_FIXED != 0;
     let aligned = |len: usize| len.checked_next_multiple_of(PAGE).filter(|len| *len > 0).ok_or(libc::EFAULT);
+    let asked = new_len;
     let (whole, new_len) = (aligned(old_len)?, aligned(new_len)?);
     let apart = old.addr().abs_diff(new.addr()) >= if new.addr() < old.addr() { new_len } else { whole };
-    let known = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
-    let sensible = flags & !known == 0
+    let may_move = flags & libc::MREMAP_MAYMOVE != 0;
+    let stays = flags & libc::MREMAP_DONTUNMAP;
+    let sensible = flags & !(libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP) == 0
         && old.addr().is_multiple_of(PAGE)
-        && (!fixed || flags == known && new.addr().is_multiple_of(PAGE) && apart);
+        && (!fixed || may_move && new.addr().is_multiple_of(PAGE) && apart)
+        && (stays == 0 || may_move && old_len == asked);
     let old_len = whole.min(new_len);
     let (start, end) = (old.expose_provenance(), old.addr().wrapping_add(old_len));
     if !sensible || !is_alike(start, end) {
@@ -128,11 +140,12 @@ pub(crate) unsafe fn move_all(
         let kept = whole > old_len && unsafe { libc::munmap(old.with_addr(end), whole - old_len) } != 0;
         if kept { Err(last_errno()) } else { Ok(()) }
     };
-    if !fixed && whole >= new_len {
+    let in_place = !fixed && stays == 0;
+    if in_place && whole >= new_len {
         return give_up().map(|()| old);
     }
     let added = new_len - old_len;
-    if !fixed {
+    if in_place {
         // The last piece grows where it is, or nothing happens.
         let grown = last_piece(end).ok_or(libc::EFAULT).and_then(|last| {
             // SAFETY: a piece of the program's.
@@ -144,12 +157,16 @@ pub(crate) unsafe fn move_all(
         });
         match grown {
             Ok((to, _)) if to == end => return Ok(old),
-            Err(errno) if flags & libc::MREMAP_MAYMOVE == 0 => return Err(errno),
+            Err(errno) if !may_move => return Err(errno),
             _ => {}
         }
     }
-    let target = if fixed { new } else { reserve(new_len)? };
-    let pieces = Pieces { next, start, end, target: target.expose_provenance(), added };
+    let target = match fixed {
+        true if stays == 0 => new,
+        true => reserve_at(new, new_len)?,
+        false => reserve(new_len)?,
+    };
+    let pieces = Pieces { next, start, end, target: target.expose_provenance(), added, stays };
     // The last piece first: it is the one that grows, and may be refused what the others need not ask for.
     let last = last_piece(end).map_or(start, |last| last.max(start));
     let mut moved = Vec::new();
@@ -170,13 +187,15 @@ pub(crate) unsafe fn move_all(
     Ok(target)
 }
 
-/// A mapping that moves piece by piece: `[start, end)` to `target`, where it has `added` bytes more.
+/// A mapping that moves piece by piece: `[start, end)` to `target`, where it has `added` bytes more. With the
+/// flag `stays` mappings without contents stay where it was.
 struct Pieces {
     next: Mremap,
     start: usize,
     end: usize,
     target: usize,
     added: usize,
+    stays: c_int,
 }
 
 impl Pieces {
@@ -190,7 +209,7 @@ impl Pieces {
                 let added = if until == self.end { self.added } else { 0 };
                 (
                     until - from + added,
-                    libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED,
+                    libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | self.stays,
                     self.target + (from - self.start),
                 )
             };
@@ -210,7 +229,7 @@ impl Pieces {
     unsafe fn come_back(&self, moved: &[(usize, usize)]) {
         for &(start, end) in moved {
             let there = self.target + (start - self.start);
-            let taken = mappings().iter().any(|m| m.start < end && m.end > start);
+            let taken = self.stays == 0 && mappings().iter().any(|m| m.start < end && m.end > start);
             let (mut from, to) = (there, there + (end - start));
             if end == self.end && self.added > 0 {
                 // SAFETY: what came to it, of which the program does not know.
@@ -240,6 +259,14 @@ pub(crate) fn reserve(len: usize) -> Result<*mut c_void, c_int> {
     let (none, private) = (libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
     // SAFETY: a new mapping touches no other.
     let place = unsafe { libc::mmap(std::ptr::null_mut(), len, none, private, -1, 0) };
+    if place == libc::MAP_FAILED { Err(last_errno()) } else { Ok(place) }
+}
+
+/// Address space that the program named, in the place of what is there.
+fn reserve_at(at: *mut c_void, len: usize) -> Result<*mut c_void, c_int> {
+    let (none, private) = (libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
+    // SAFETY: where the program moves something to.
+    let place = unsafe { libc::mmap(at, len, none, private | libc::MAP_FIXED, -1, 0) };
     if place == libc::MAP_FAILED { Err(last_errno()) } else { Ok(place) }
 }
 

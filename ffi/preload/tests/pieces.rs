@@ -167,3 +167,33 @@ fn a_smaller_mapping_that_cannot_move_keeps_its_end() {
         unmap(at, 2 * LEN);
     }
 }
+
+/// MREMAP_DONTUNMAP: the contents go, the mappings stay.
+#[test]
+fn what_goes_without_its_place_goes_as_a_whole() {
+    let _alone = ALONE.lock().unwrap();
+    for (until, fixed) in (0..8).flat_map(|until| [(until, false), (until, true)]) {
+        let at = divided();
+        let named = reserve(LEN).unwrap();
+        UNTIL.store(until, Ordering::Relaxed);
+        let how = libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP | if fixed { libc::MREMAP_FIXED } else { 0 };
+        // SAFETY: moves the test's own mapping, over its own reservation.
+        let result = unsafe { move_all(sometimes, at.cast(), LEN, LEN, how, named) };
+        UNTIL.store(usize::MAX, Ordering::Relaxed);
+        assert_eq!(result.is_ok(), until >= 5, "{until}: {result:?}");
+        match result {
+            Ok(there) => {
+                assert!(is_whole(there.cast()));
+                // SAFETY: the mapping stayed.
+                assert!((0..16).all(|page| unsafe { at.add(page * PAGE).read() } == 0));
+                assert_eq!(there == named, fixed);
+                if !fixed {
+                    unmap(there.cast(), LEN);
+                }
+            }
+            Err(_) => assert!(is_whole(at), "after {until} calls"),
+        }
+        unmap(named.cast(), LEN);
+        unmap(at, 2 * LEN);
+    }
+}
