@@ -196,6 +196,15 @@ fn under_the_preload_library() {
     }
 }
 
+/// Nobody ends what is open at the end of the program, and nobody waits for it.
+#[test]
+fn accesses_that_are_open_at_the_end() {
+    let program = compile("cc", "-std=c11", "tests/c/unended.c", &[]);
+    let began = Instant::now();
+    assert_eq!(run(staged(&program).env("LD_PRELOAD", preload_library())), "unended: good\n");
+    assert!(began.elapsed() < Duration::from_secs(7), "{:?}", began.elapsed());
+}
+
 #[test]
 fn eight_threads_at_once() {
     good("threads");

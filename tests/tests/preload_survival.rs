@@ -211,7 +211,10 @@ fn guard_regions() {
 
 #[test]
 fn mappings_that_move_over_others() {
-    the_same(&compile("remap.c", "remap", &[]), &[], ALL, true);
+    let program = compile("remap.c", "remap", &[]);
+    the_same(&program, &[], ALL, true);
+    // No descriptor is left for the statistics either.
+    the_same(&program, &["few"], ALL, false);
 }
 
 /// What another library interposes comes after the preload library, and is called once for each call of the program.
@@ -273,6 +276,28 @@ fn the_end_in_every_way() {
     for how in ["abort", "kill"] {
         the_same(&program, &[how, "37"], ALL, false);
     }
+}
+
+/// Children that begin without a runtime, threads that end unseen, and the end beside forks and new threads.
+#[test]
+fn ends_that_are_easily_missed() {
+    let program = compile("leaves.c", "leaves", &["-lrt"]);
+    for how in ["child", "alone", "call", "timer"] {
+        the_same(&program, &[how], ALL, matches!(how, "call"));
+    }
+    the_same(&program, &["starts"], &[Mode::On], false);
+    // What its threads have for a name says nothing of whose they are.
+    the_same(&compile("leaves.c", "usvm-leaves", &["-lrt"]), &["timer"], ALL, false);
+    for how in ["forks", "makes"] {
+        for _ in 0..10 {
+            the_same(&program, &[how], ALL, true);
+        }
+    }
+}
+
+#[test]
+fn threads_cancelled_inside_a_call() {
+    the_same(&compile("cancels.c", "cancels", &[]), &[], ALL, false);
 }
 
 #[test]
