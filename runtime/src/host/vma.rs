@@ -51,14 +51,19 @@ pub(super) struct Maps {
     devices: Devices,
 }
 
+const PATH: &str = "/proc/thread-self/maps";
+
+fn open() -> sys::Result<Kept> {
+    sys::open(PATH, rustix::fs::OFlags::RDONLY).map(Kept::new)
+}
+
 impl Maps {
     pub(super) fn new(maps: OwnedFd, by_query: bool) -> Result<Self> {
-        let path = "/proc/thread-self/maps";
-        let file = sys::open(path, rustix::fs::OFlags::RDONLY).map_err(|e| Error::os(path, e))?;
+        let file = open().map_err(|e| Error::os(PATH, e))?;
         Ok(Self {
             maps: Kept::new(maps),
             by_query,
-            file: Mutex::new((Kept::new(file), Vec::new())),
+            file: Mutex::new((file, Vec::new())),
             devices: Devices::learn(),
         })
     }
@@ -181,14 +186,21 @@ impl Maps {
         let (file, buf) = &mut *guard;
         sys::rewind(&*file)?;
         buf.clear();
+        let mut begun = false;
         loop {
             let kept = buf.len();
             buf.resize(kept + 4096, 0);
             let got = match sys::read(&*file, &mut buf[kept..]) {
                 Err(Errno(libc::EINTR)) => 0,
+                // The thread that opened it has ended.
+                Err(Errno(libc::ESRCH)) if !begun => {
+                    *file = open()?;
+                    0
+                }
                 Ok(0) => return Ok(()),
                 other => other?,
             };
+            begun |= got > 0;
             buf.truncate(kept + got);
             let lines = buf.iter().rposition(|&b| b == b'\n').map_or(0, |at| at + 1);
             for line in buf[..lines].split(|&b| b == b'\n') {
@@ -317,6 +329,14 @@ mod tests {
             let fd = sys::open("/proc/thread-self/maps", rustix::fs::OFlags::RDONLY).unwrap();
             Maps::new(fd, by_query).unwrap()
         })
+    }
+
+    #[test]
+    fn the_thread_that_opened_it_may_end() {
+        let at = 0u64;
+        let [_, maps] = std::thread::spawn(both).join().unwrap();
+        assert!(!maps.movable().unwrap().is_empty());
+        assert!(maps.find((&raw const at).addr() as u64).unwrap().is_some());
     }
 
     #[test]
