@@ -129,11 +129,14 @@ pub unsafe extern "C" fn madvise(addr: Address, len: usize, advice: c_int) -> c_
         }
     });
     // userfaultfd tells nothing of guard regions: what is on a device would come back when they are removed.
-    if result == 0 && advice == interpose::MADV_GUARD_INSTALL && start::is_owner() && !alloc::is_internal() {
-        if let Some(runtime) = usvm_capi::process::current() {
-            // An error: the runtime has ended, and everything is home.
-            let _ = runtime.discard(addr.addr() as u64, len as u64);
-        }
+    if result == 0
+        && advice == interpose::MADV_GUARD_INSTALL
+        && start::is_owner()
+        && !alloc::is_internal()
+        && let Some(runtime) = usvm_capi::process::current()
+    {
+        // An error: the runtime has ended, and everything is home.
+        let _ = runtime.discard(addr.addr() as u64, len as u64);
     }
     result
 }
