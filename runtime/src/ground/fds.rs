@@ -7,7 +7,7 @@
 //!
 //! A forked child closes what is in the table. A child's userfaultfd that it did not close would be one that its sibling,
 //! whose it is, waits for without end. So none is outside the table while a fork copies the descriptors: one that arrives
-//! is waited for ([`Arrival`]), one that goes stays until the fork is over, and one thread forks after the other.
+//! is waited for (`Arrival`), one that goes stays until the fork is over, and one thread forks after the other.
 //!
 //! # Locking
 //! For the table none: one atomic word for each place. [`is_kept`] may be called anywhere, also in signal handlers. The
@@ -16,7 +16,7 @@
 //! # Limits
 //! The table has [`PLACES`] places; a descriptor beyond them works and is not protected. A forked child closes what is
 //! in the table, see `close_all_in_child`. Forks without handlers (a raw clone) that two threads do at one time are not
-//! kept apart; neither are forks that take longer than [`PATIENCE`].
+//! kept apart; neither are forks that take longer than a second.
 //!
 //! # Safety
 //! Closes descriptors by number in a forked child, where nobody uses their owners any more.
