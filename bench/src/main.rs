@@ -232,6 +232,13 @@ fn write_json(path: &Path, value: &impl serde::Serialize) -> case::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::{Mutex, MutexGuard, PoisonError};
+
+    /// Held by tests that start runtimes: a process has one at a time.
+    pub fn alone() -> MutexGuard<'static, ()> {
+        static TURN: Mutex<()> = Mutex::new(());
+        TURN.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 
     #[test]
     fn the_command_line_is_sound() {

@@ -60,6 +60,7 @@ mod tests {
 
     #[test]
     fn every_case_can_be_measured() {
+        let _alone = crate::tests::alone();
         for mut case in all(Copier::detect()) {
             match measure(case.as_mut(), Plan { samples: 2, burst: 2, settle: 1 }).unwrap() {
                 Outcome::Measured(m) => assert!(m.median > 0.0 && m.p90 >= m.median, "{m:?}"),

@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Child, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ use nix::sys::termios::{LocalFlags, tcgetattr};
 use nix::unistd::Pid;
 
 use crate::look::Player;
-use crate::stand::usvm;
+use crate::stand::{USVM, clean};
 
 /// Into the second screen of a terminal, and out of it.
 const ENTER: &str = "\x1b[?1049h";
@@ -42,7 +42,10 @@ fn start(words: &[&str]) -> (Child, PtyMaster, OwnedFd) {
     let size = rustix::termios::Winsize { ws_row: 30, ws_col: 110, ws_xpixel: 0, ws_ypixel: 0 };
     rustix::termios::tcsetwinsize(&theirs, size).unwrap();
     let end = || Stdio::from(theirs.try_clone().unwrap());
-    let mut command = usvm(words);
+    // Whoever runs the tests may have signals ignored (nohup), and what is ignored stays so.
+    let mut command = Command::new("env");
+    command.args(["--default-signal=HUP,INT,TERM", USVM]).args(words);
+    clean(&mut command);
     command.stdin(end()).stdout(end()).stderr(end()).env("TERM", "xterm-256color");
     (command.spawn().unwrap(), ours, theirs)
 }
