@@ -123,10 +123,10 @@ fn little_address_space() {
         unsafe { libc::mallopt(libc::M_MMAP_MAX, 65536) };
         let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
         let used = statm.split(' ').next().and_then(|n| n.parse::<u64>().ok()).unwrap() * K4;
-        limit(libc::RLIMIT_AS, used + (900 << 20));
+        limit(libc::RLIMIT_AS, used + (1 << 30));
         let rt = match Runtime::start(config(16 << 20)) {
             Ok(rt) => rt,
-            Err(e) => panic!("it starts with 900 MiB of address space: {e}"),
+            Err(e) => panic!("it starts with 1 GiB of address space: {e}"),
         };
         let (area, mut piece) = Area::filled(24 << 20, false, &mut Rng::new(2));
         for _ in 0..3 {
