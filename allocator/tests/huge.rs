@@ -1,6 +1,8 @@
 //! Which blocks ask for huge pages, at the beginning of the heap, where small pages are the rule.
 #![allow(missing_docs, unsafe_code)]
 
+use std::io::Write;
+
 /// Whether huge pages were asked for where `block` begins.
 fn asked(block: *const u8) -> bool {
     let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
@@ -20,7 +22,7 @@ fn asked(block: *const u8) -> bool {
 #[test]
 fn blocks_of_whole_ranges_ask_for_huge_pages_however_they_came_to_be() {
     if !std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
-        eprintln!("skipped: this kernel has no huge pages");
+        writeln!(std::io::stderr(), "skipped: this kernel has no huge pages").unwrap();
         return;
     }
     // SAFETY: blocks are resized and freed once.
