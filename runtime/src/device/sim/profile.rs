@@ -8,7 +8,8 @@
 //!
 //! # Limits
 //! No overlap, no contention, no latency of single accesses: each part is bytes over bandwidth (an access is
-//! of whole lines of 64 bytes) or a count times a cost. Nothing overlaps, so the parts may add up to more than a real device would take.
+//! of whole lines of 64 bytes) or a count times a cost. Nothing overlaps, so the parts may add up to more than
+//! a real device would take.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

@@ -16,6 +16,9 @@ use crate::space::residency::{Moved, State, bytes};
 /// How soon after its arrival a return counts as thrashing, and an arrival after a return.
 const THRASH_WINDOW: Duration = Duration::from_millis(5);
 
+/// Looks at the list of landings that another thread has, before it is taken to be busy with it.
+const LOOKS: u32 = 200;
+
 impl Mover {
     /// Makes all of the range's truth device memory of `device`. Everything or nothing: what an error leaves strayed is
     /// put back at once where the kernel allows, or by the CPU's next touch.
@@ -125,8 +128,14 @@ impl Mover {
 
     /// Whether contents are to land in `span`. Also when that cannot be told now.
     pub fn awaits_landings(&self, span: Span) -> bool {
-        let Ok(landings) = self.landings.try_lock() else { return true };
-        landings.iter().any(|l| !l.pages.and(&PageMask::of(l.to, span)).is_empty())
+        // Not waited for: who has the list may wait for the caller's range. Others only look, as this does.
+        for _ in 0..LOOKS {
+            if let Ok(landings) = self.landings.try_lock() {
+                return landings.iter().any(|l| !l.pages.and(&PageMask::of(l.to, span)).is_empty());
+            }
+            std::hint::spin_loop();
+        }
+        true
     }
 
     /// Whether holes were perhaps what mremap has brought and what is still to land: the flip asks the kernel only for pages
