@@ -43,5 +43,11 @@ fi
 # A test that runs its binary again in a process of its own has that one's line in the log, too, with the others filtered out.
 passed=$(awk '/^test result:.* 0 filtered out/ { p += $4; f += $6 } END { print p + 0, "passed,", f + 0, "failed" }' "$log")
 skipped=$(grep -c 'skipped:' "$log")
+if [ $failed != 0 ]; then
+    echo "== what failed"
+    # Failed tests, panics, time that ran out, binaries that ended without a result, programs with another result.
+    grep -nE "^test .*FAILED|panicked at|no end after|watchdog: not done|^  thread |process didn't exit|^ +\`-p |^error|this did not end in|did not notice| NO: " "$log" |
+        grep -v 'should panic' | tail -n 60 | cut -c 1-300
+fi
 echo "$passed, $skipped skipped"
 exit $failed

@@ -65,8 +65,8 @@ pub fn watchdog(name: &str) {
         std::env::var("USVM_TEST_LIMIT").ok().and_then(|s| s.parse().ok()).map_or(LIMIT, Duration::from_secs);
     std::thread::spawn(move || {
         std::thread::sleep(limit);
-        eprintln!("{name}: watchdog: not done after {limit:?}");
-        std::process::abort();
+        let _ = writeln!(io::stderr(), "{name}: watchdog: not done after {limit:?}");
+        crate::support::end_with_threads();
     });
 }
 

@@ -11,6 +11,7 @@
 //! # Limits
 //! x86-64 for the 16-byte accesses.
 
+use std::io::{self, Write as _};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -47,26 +48,25 @@ pub fn alone(name: &str, seconds: u64) -> Alone {
 }
 
 fn give_up(name: &str, seconds: u64) -> ! {
-    eprintln!("{name}: no end after {seconds} s");
-    if std::env::var_os("USVM_TEST_STACKS").is_some() {
-        let pid = std::process::id().to_string();
-        let _ = std::process::Command::new("timeout")
-            .args([
-                "-s",
-                "KILL",
-                "20",
-                "gdb",
-                "-p",
-                &pid,
-                "-batch",
-                "-ex",
-                "set pagination off",
-                "-ex",
-                "thread apply all bt 14",
-            ])
-            .stdout(std::fs::File::create(format!("/tmp/stacks-{pid}.txt")).unwrap())
-            .status();
-        eprintln!("stacks: /tmp/stacks-{pid}.txt");
+    // Past the test harness, which hides what a process that aborts has printed.
+    let _ = writeln!(io::stderr(), "{name}: no end after {seconds} s");
+    end_with_threads()
+}
+
+/// Says where each thread of this process waits and ends it, as a test that hangs does.
+pub fn end_with_threads() -> ! {
+    // What hangs may be what reading and printing need: not waited for long.
+    let told = std::thread::spawn(|| {
+        let tasks = std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+        for task in tasks.map(|task| task.path()) {
+            let read = |file| std::fs::read_to_string(task.join(file)).unwrap_or_default();
+            let (comm, wchan, call) = (read("comm"), read("wchan"), read("syscall"));
+            let _ = writeln!(io::stderr(), "  thread {}: {wchan}, {}", comm.trim(), call.trim());
+        }
+    });
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while !told.is_finished() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(10));
     }
     std::process::abort()
 }
@@ -80,6 +80,16 @@ pub struct Alone {
 impl Drop for Alone {
     fn drop(&mut self) {
         self.done.store(true, Ordering::Release);
+    }
+}
+
+/// Sets a flag when dropped: what others do until then ends also where a check fails.
+#[derive(Debug)]
+pub struct Stops<'a>(pub &'a AtomicBool);
+
+impl Drop for Stops<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 

@@ -400,10 +400,8 @@ fn prefetch_evict_and_faults_race() {
                 }
             }
         });
-        scope.spawn(move || {
-            hammer(runtime, mem, 2, true, Duration::from_secs(2), 300);
-            stop.store(true, Relaxed);
-        });
+        let _stops = Stops(stop);
+        hammer(runtime, mem, 2, true, Duration::from_secs(2), 300);
     });
 }
 
@@ -443,6 +441,7 @@ fn drop_pages_beside(options: Options) {
                 }
             }
         });
+        let stops = Stops(stop);
         let began = Instant::now();
         let mut round = 1;
         while began.elapsed() < Duration::from_secs(2) {
@@ -451,13 +450,12 @@ fn drop_pages_beside(options: Options) {
                 gpu_fill(gpu, at + len - M2, M2 - 16 * K4, (len - M2) / 8, round + 1)
             };
             if let Err(e) = runtime.launch(0, pass).wait(None) {
-                stop.store(true, Relaxed);
                 panic!("round {round}: {e}");
             }
             round += 1;
             mem.check_words(len - M2, K4, |i| value(round, i));
         }
-        stop.store(true, Relaxed);
+        drop(stops);
         mem.check_words(0, len - M2, |i| value(1, i));
         mem.check_words(len - M2, M2 - 16 * K4, |i| value(round, i));
         println!("{round} rounds");

@@ -173,6 +173,7 @@ fn direct_reads_while_the_device_takes_the_range_away() {
                 on_gpu(&runtime, touch).unwrap();
             }
         });
+        let _stops = Stops(&stop);
         let blocks = LEN / K64;
         for round in 0..400u64 {
             let block = (round * 7 % blocks) * K64;
@@ -181,7 +182,6 @@ fn direct_reads_while_the_device_takes_the_range_away() {
             file.read_exact_at(slice_mut(&mem, block, len), block).unwrap();
             mem.check_words(block, len, |i| value(8, i));
         }
-        stop.store(true, Relaxed);
     });
 }
 

@@ -187,6 +187,7 @@ fn say(words: &str) {
 /// A runtime runs in this process and has moved nothing yet.
 fn started(runtime: &Runtime) {
     OWNER.store(std::process::id(), Ordering::Relaxed);
+    exits::tell_at_quick_exit();
     threads::runtime_started(runtime);
 }
 

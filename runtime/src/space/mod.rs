@@ -65,6 +65,8 @@ mod eviction_tests;
 #[cfg(test)]
 mod fake;
 #[cfg(test)]
+mod held_tests;
+#[cfg(test)]
 mod model_tests;
 #[cfg(test)]
 mod reference_tests;

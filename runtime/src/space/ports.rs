@@ -299,6 +299,14 @@ pub trait Device: Send + Sync {
     /// referenced the pages since they were bound.
     fn unbind(&self, va: Span) -> bool;
 
+    /// Whether an access over the link is under way at an address of `va`, which waits if the processor does not have the
+    /// page: for the fault service alone, and not for the end of work that holds the memory, which may be its own. Only a
+    /// device that reaches the memory by the processor's page table has such accesses.
+    fn reaches(&self, va: Span) -> bool {
+        let _ = va;
+        false
+    }
+
     /// Whether the device referenced `va` since the last call, where the hardware can tell (else `false`).
     fn test_and_clear_referenced(&self, va: Span) -> bool;
 }

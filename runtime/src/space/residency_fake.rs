@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::result::Result as StdResult;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::ports::{
@@ -680,16 +680,28 @@ pub struct FakeDevice {
     host: Arc<FakeHost>,
     info: DeviceInfo,
     card: Mutex<Card>,
+    /// Where an access over the link waits; zero for nowhere.
+    pub reached: AtomicU64,
 }
 
 impl FakeDevice {
     pub fn new(host: Arc<FakeHost>, vram_pages: u64, system_atomics: bool, seed: u64) -> Arc<Self> {
+        Self::with_faults(host, vram_pages, system_atomics, seed, true)
+    }
+
+    pub fn with_faults(
+        host: Arc<FakeHost>,
+        vram_pages: u64,
+        system_atomics: bool,
+        seed: u64,
+        recoverable_faults: bool,
+    ) -> Arc<Self> {
         let vram_bytes = vram_pages * SZ_4K;
         let info = DeviceInfo {
             name: "values".into(),
             vram_bytes,
             cpu_visible_bytes: vram_bytes,
-            recoverable_faults: true,
+            recoverable_faults,
             min_page: SZ_4K,
             system_atomics,
         };
@@ -703,7 +715,7 @@ impl FakeDevice {
             fail_every: 0,
             lost: false,
         };
-        Arc::new(Self { host, info, card: Mutex::new(card) })
+        Arc::new(Self { host, info, card: Mutex::new(card), reached: AtomicU64::new(0) })
     }
 
     fn card(&self) -> MutexGuard<'_, Card> {
@@ -898,6 +910,10 @@ impl Device for FakeDevice {
         let before = card.referenced.len();
         card.referenced.retain(|addr| !va.contains(*addr));
         card.referenced.len() < before
+    }
+
+    fn reaches(&self, va: Span) -> bool {
+        va.contains(self.reached.load(Ordering::Relaxed))
     }
 
     fn test_and_clear_referenced(&self, va: Span) -> bool {

@@ -44,8 +44,13 @@ impl Launch {
     pub fn begin(driver: &Dispatch, queue: Handle, kernel: Handle) -> Self {
         let known = KERNELS.with(kernel as usize, |k| (untold(k), k.reach()));
         let (untold, (bytes, system)) = known.unwrap_or_default();
-        if let Some(pointers) = untold {
-            tell(driver, kernel, &pointers);
+        if let Some((changes, pointers)) = untold {
+            let result = tell(driver, kernel, &pointers);
+            // Not before: another launch of the kernel must not find it told when it is not.
+            KERNELS.with(kernel as usize, |k| match &mut k.told {
+                Some(told) if result == SUCCESS => *told = changes.max(*told),
+                _ => {}
+            });
         }
         let moved = stand_in(driver, queue).and_then(|runtime| {
             let set = KERNELS
@@ -134,11 +139,11 @@ unsafe extern "C" fn completed(_event: Handle, _status: Int, set: *mut c_void) {
     drop(send(runtime, alive.map(pages_of).collect()));
 }
 
-/// The blocks a kernel reaches indirectly, if they changed since the driver was last told.
-fn untold(kernel: &mut Kernel) -> Option<Vec<usize>> {
+/// The blocks a kernel reaches indirectly and their changes, if there were any since the driver was last told.
+fn untold(kernel: &Kernel) -> Option<(u64, Vec<usize>)> {
     let changes = BLOCKS.changes();
-    kernel.told.as_mut().filter(|told| **told != changes).map(|told| *told = changes)?;
-    Some(all_indirect(kernel))
+    kernel.told.filter(|told| *told < changes)?;
+    Some((changes, all_indirect(kernel)))
 }
 
 /// What a kernel reaches without its arguments: both lists, and whole kinds.

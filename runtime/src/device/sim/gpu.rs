@@ -25,6 +25,7 @@ use super::page_table::{Translation, VA_END};
 use super::shared::{Shared, Unit};
 use super::system;
 use super::vram::Window;
+use crate::ground::addr::Span;
 use crate::ground::error::{Errno, Error, Result};
 use crate::space::ports::{FaultSink, GpuAccess};
 use std::ops::Range;
@@ -131,7 +132,7 @@ impl<'a> Bus<'a> {
             return op(Place::Vram(window), len).map(Try::Done).map_err(|e| Error::os("device copy", e));
         }
         drop(tlb);
-        match op(Place::System(addr), len) {
+        match self.unit.reaching(Span::sized(addr, len as u64), || op(Place::System(addr), len)) {
             Ok(done) => Ok(Try::Done(done)),
             Err(Errno(libc::EFAULT)) => Ok(Try::Gone),
             Err(e) => Err(Error::os("process_vm_readv/writev", e)),

@@ -423,6 +423,10 @@ impl Device for SimDevice {
         self.shared.unbind(va.page_aligned())
     }
 
+    fn reaches(&self, va: Span) -> bool {
+        self.shared.compute.reaches(va) || self.shared.copy.reaches(va)
+    }
+
     fn test_and_clear_referenced(&self, va: Span) -> bool {
         self.shared.take_referenced(va.page_aligned())
     }

@@ -59,18 +59,47 @@ pub(super) struct Counters {
 #[derive(Debug)]
 pub(super) struct Unit {
     tlb: Mutex<Tlb>,
+    /// Start and end of the access over the link that is under way; nowhere if both are zero.
+    reached: CachePadded<[AtomicU64; 2]>,
     pub(super) counters: CachePadded<Counters>,
 }
 
 impl Unit {
     fn new() -> Self {
-        Self { tlb: Mutex::new(Tlb::new()), counters: CachePadded::default() }
+        Self {
+            tlb: Mutex::new(Tlb::new()),
+            reached: CachePadded::default(),
+            counters: CachePadded::default(),
+        }
     }
 
     /// Holds the engine's TLB. The engine does, for as long as it uses a translation; every invalidation
     /// waits.
     pub(super) fn hold(&self) -> MutexGuard<'_, Tlb> {
         self.tlb.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does `op`, an access to `span` over the link.
+    pub(super) fn reaching<T>(&self, span: Span, op: impl FnOnce() -> T) -> T {
+        struct Over<'a>(&'a [AtomicU64; 2]);
+        impl Drop for Over<'_> {
+            fn drop(&mut self) {
+                self.0.iter().for_each(|bound| bound.store(0, Ordering::Release));
+            }
+        }
+        let [start, end] = &*self.reached;
+        start.store(span.start, Ordering::Release);
+        end.store(span.end, Ordering::Release);
+        let _over = Over(&self.reached);
+        op()
+    }
+
+    /// Whether an access over the link is under way in `span`. While one begins or ends the answer may be wrong, but not while
+    /// it waits.
+    pub(super) fn reaches(&self, span: Span) -> bool {
+        let [start, end] = &*self.reached;
+        let (start, end) = (start.load(Ordering::Acquire), end.load(Ordering::Acquire));
+        start < end && Span::new(start, end).overlaps(span)
     }
 
     /// Returns when the engine has no cached translation of `span` and is using none.

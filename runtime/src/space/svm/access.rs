@@ -342,7 +342,8 @@ impl Svm {
     ) -> Result<Placement> {
         let held = || Error::Again { what: HELD, tries: 1 };
         let Some(m) = state.moved.as_ref().filter(|m| m.shared || !state.is_home()) else {
-            if !state.left {
+            let mut bound = (0..self.mover.places.len() as u32).filter(|d| state.bound >> d & 1 == 1);
+            if !state.left && bound.all(|d| self.mover.device(d).info().recoverable_faults) {
                 return Ok(placement);
             }
             let atomics = self.mover.device(device).info().system_atomics;

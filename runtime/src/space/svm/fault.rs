@@ -14,7 +14,7 @@ use crate::observe::stats::Cause;
 use crate::observe::trace::EventKind as Traced;
 use crate::space::mover::Range;
 use crate::space::ports::{Advice, Facts, FlipError, GpuAccess, Return};
-use crate::space::residency::State;
+use crate::space::residency::{Moved, State};
 
 impl Svm {
     /// Serves a CPU access to `addr` that found no page. `patient`: the caller may wait for a lock.
@@ -40,7 +40,7 @@ impl Svm {
             }
             return self.not_away(&range, &mut state, page);
         }
-        if range.data.is_pinned() {
+        if range.data.is_pinned() && !self.is_reached(&state, page) {
             return Served::Retry(Wait::Pins);
         }
         let stay = state.moved.as_ref().map(|m| self.mover.must_stay(m)).unwrap_or_default();
@@ -58,6 +58,14 @@ impl Svm {
             ) => Served::Retry(Wait::Events),
             Err(e) => self.lost(&range, &mut state, e),
         }
+    }
+
+    /// Whether work itself waits for `page`: its access over the link had begun when the range was taken to a device. Who
+    /// holds the range there can do without it for a while, for it faults; one that cannot is waited for.
+    fn is_reached(&self, state: &State, page: u64) -> bool {
+        let faults = |m: &Moved| self.mover.device(m.device).info().recoverable_faults;
+        state.moved.as_deref().is_some_and(faults)
+            && self.mover.places.iter().any(|place| place.device.reaches(Span::sized(page, SZ_4K)))
     }
 
     /// How much comes back with `page`.

@@ -1,0 +1,71 @@
+//! What becomes of memory that work holds over the link when somebody wants it on the device.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::mover::{Mover, Range};
+use super::ports::{Backing, Device, GpuAccess, Placement, Policy};
+use super::residency_fake::{AnyPolicy, FakeDevice, FakeHost, Touch};
+use super::svm::{Served, Svm, Wait, Want};
+use super::{Space, SpaceConfig};
+use crate::ground::addr::{SZ_4K, Span};
+use crate::observe::observer::Observer;
+
+const BASE: u64 = 16 << 30;
+const MIGRATE: u32 = 0;
+
+/// One page that holds 7, and a device.
+fn world(recoverable_faults: bool) -> (Arc<FakeHost>, Arc<FakeDevice>, Svm) {
+    let host = FakeHost::new(1);
+    host.map(Span::sized(BASE, SZ_4K));
+    assert_eq!(host.touch(BASE, Some(7)), Touch::Value(7));
+    let device = FakeDevice::with_faults(host.clone(), 4, true, 1, recoverable_faults);
+    let space = Space::new(SpaceConfig { chunk_sizes: vec![SZ_4K], ..SpaceConfig::default() }).unwrap();
+    let policy = AnyPolicy::new(1, MIGRATE) as Arc<dyn Policy>;
+    let ports: Vec<Arc<dyn Device>> = vec![device.clone()];
+    let mover = Mover::new(host.clone(), ports, policy, Arc::new(Observer::new()));
+    (host, device, Svm::new(space, mover, 0))
+}
+
+/// What a launch holds that reaches the page over the link.
+fn holds_over_the_link(svm: &Svm) -> Vec<Arc<Range>> {
+    let want = Want { force: Some(Placement::Remote), ..Want::launch(GpuAccess::Write) };
+    svm.gpu_access(0, BASE, SZ_4K, want).unwrap()
+}
+
+#[test]
+fn an_access_over_the_link_is_served_although_its_work_holds_the_memory() {
+    let (host, device, svm) = world(true);
+    let held = holds_over_the_link(&svm);
+    svm.gpu_access(0, BASE, SZ_4K, Want::prefetch()).unwrap();
+    assert!(matches!(device.table()[..], [(BASE, Backing::Vram(_), _)]), "it went there");
+    assert_eq!(svm.cpu_fault(BASE, true), Served::Retry(Wait::Pins), "the program waits");
+    // The launch's access had found the translation to the link, and finds no page now.
+    device.reached.store(BASE, Ordering::Relaxed);
+    assert_eq!(svm.cpu_fault(BASE, true), Served::Done);
+    assert_eq!((host.touch(BASE, None), device.table().len()), (Touch::Value(7), 0));
+    device.reached.store(0, Ordering::Relaxed);
+    svm.release(&held);
+}
+
+#[test]
+fn what_a_device_that_cannot_fault_holds_over_the_link_stays() {
+    let (host, device, svm) = world(false);
+    let held = holds_over_the_link(&svm);
+    svm.gpu_access(0, BASE, SZ_4K, Want::prefetch()).unwrap();
+    assert!(
+        matches!(device.table()[..], [(BASE, Backing::System, GpuAccess::Write)]),
+        "{:?}",
+        device.table()
+    );
+    assert_eq!(host.touch(BASE, None), Touch::Value(7));
+    svm.release(&held);
+    svm.gpu_access(0, BASE, SZ_4K, Want::prefetch()).unwrap();
+    assert!(matches!(device.table()[..], [(BASE, Backing::Vram(_), _)]), "it goes when the work has ended");
+    // Now it is on the device that work holds it: another device's engine, if any, waits for its end.
+    let held = svm.gpu_access(0, BASE, SZ_4K, Want::launch(GpuAccess::Write)).unwrap();
+    device.reached.store(BASE, Ordering::Relaxed);
+    assert_eq!(svm.cpu_fault(BASE, true), Served::Retry(Wait::Pins));
+    svm.release(&held);
+    assert_eq!(svm.cpu_fault(BASE, true), Served::Done);
+}
