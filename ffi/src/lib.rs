@@ -14,7 +14,15 @@
 pub mod heap;
 pub mod watched;
 
-use usvm_capi as _;
+/// When the library is loaded, before any thread forks beside the first use.
+#[used]
+#[allow(unsafe_code)]
+#[unsafe(link_section = ".init_array")]
+static CONSTRUCTOR: extern "C" fn() = construct;
+
+extern "C" fn construct() {
+    usvm_capi::process::install_handlers();
+}
 
 /// usvm's own memory must not be migratable: service threads' allocations go to usvm's own arena.
 #[global_allocator]

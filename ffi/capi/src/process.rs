@@ -60,9 +60,11 @@ pub fn on_handlers(install: fn()) {
     let _ = MORE_HANDLERS.set(install);
 }
 
-/// All of them before the lock: up to glibc 2.35 a thread that forks keeps others from installing handlers while it runs
-/// those that there are, and one of these waits for the lock.
-pub(crate) fn install_handlers() {
+/// Installs the handlers of fork, once. As early as may be: a fork that is under way on another thread does not run what is
+/// installed meanwhile, and could leave its child what the installing thread takes next. All of them before the lock: up to
+/// glibc 2.35 a thread that forks keeps others from installing handlers while it runs those that there are, and one of these
+/// waits for the lock.
+pub fn install_handlers() {
     fork::install();
     // The start does it again, and tells.
     let _ = usvm::runtime::install_fork_handlers();

@@ -105,6 +105,7 @@ unsafe extern "C" fn construct(_: c_int, _: *const *const c_char, environment: *
     usvm::runtime::on_start(started);
     usvm::runtime::each_second(threads::look_for_the_end);
     process::on_handlers(watch_forks);
+    process::install_handlers();
     STATE.store(READY, Ordering::Relaxed);
     if words.heap && !heap_is_there() {
         say(

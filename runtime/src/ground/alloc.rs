@@ -248,12 +248,13 @@ impl Area {
     /// See [`renew_after_fork`].
     fn renew(&self) {
         let base = self.base.load(Ordering::Relaxed);
-        let Some(slot) = self.retired.iter().find(|(b, _)| b.load(Ordering::Relaxed) == 0) else { return };
-        if base == 0 {
-            return;
+        // One that is only about to be reserved has no blocks yet, but its lock may be held.
+        if base != 0 {
+            let unused = |(base, _): &&(AtomicUsize, AtomicUsize)| base.load(Ordering::Relaxed) == 0;
+            let Some(slot) = self.retired.iter().find(unused) else { return };
+            slot.1.store(self.end.load(Ordering::Relaxed), Ordering::Relaxed);
+            slot.0.store(base, Ordering::Relaxed);
         }
-        slot.1.store(self.end.load(Ordering::Relaxed), Ordering::Relaxed);
-        slot.0.store(base, Ordering::Relaxed);
         self.returned.store(ptr::null_mut(), Ordering::Relaxed);
         self.base.store(0, Ordering::Relaxed);
         self.heap_end.store(0, Ordering::Relaxed);
@@ -493,6 +494,22 @@ mod tests {
             routed.dealloc(q, Layout::from_size_align(4096, 16).unwrap());
             routed.dealloc(z, Layout::from_size_align(512, 64).unwrap());
         }
+    }
+
+    #[test]
+    fn a_child_has_an_area_whose_lock_was_held_when_it_was_reserved() {
+        static AREA: Area = Area::new();
+        let layout = Layout::from_size_align(100, 8).unwrap();
+        // As in a child of a fork while another thread made the first allocation.
+        std::mem::forget(AREA.lock());
+        assert!(AREA.is_held());
+        AREA.renew();
+        let first = AREA.alloc(layout);
+        assert!(AREA.holds(first as usize) && !AREA.is_held());
+        std::mem::forget(AREA.lock());
+        AREA.renew();
+        let second = AREA.alloc(layout);
+        assert!(AREA.is_retired(first as usize) && AREA.holds(second as usize));
     }
 
     #[test]

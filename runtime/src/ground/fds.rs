@@ -156,22 +156,26 @@ fn take_turn(waits: bool) -> bool {
 
 /// The calling thread is about to fork.
 pub(crate) fn before_fork() {
-    let wait = |since: Instant| {
-        std::thread::sleep(Duration::from_micros(20));
-        since.elapsed() < PATIENCE
-    };
-    let begun = Instant::now();
     // A fork inside a handler of a fork has its turn already.
     if !FORKS.get() {
-        let mut waits = true;
+        // Where no descriptor is kept and none arrives, a child cannot get another's.
+        let mut waits = any_kept() || ARRIVING.load(Ordering::SeqCst) > 0;
+        let mut begun = None;
         while !take_turn(waits) {
-            waits = wait(begun);
+            waits = wait(&mut begun);
         }
         FORKS.set(true);
     }
     // Whatever the forks before this one brought was read before they returned.
-    let begun = Instant::now();
-    while ARRIVING.load(Ordering::SeqCst) > 0 && wait(begun) {}
+    let mut begun = None;
+    while ARRIVING.load(Ordering::SeqCst) > 0 && wait(&mut begun) {}
+}
+
+/// Waits a little; whether to go on with it. `begun`: when the waiting did.
+fn wait(begun: &mut Option<Instant>) -> bool {
+    let begun = *begun.get_or_insert_with(Instant::now);
+    std::thread::sleep(Duration::from_micros(20));
+    begun.elapsed() < PATIENCE
 }
 
 /// The calling thread has forked, or could not.
