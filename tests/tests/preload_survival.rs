@@ -168,6 +168,11 @@ fn every_descriptor_closed() {
 }
 
 #[test]
+fn a_limit_of_open_files_below_usvms_own() {
+    the_same(&compile("lowered.c", "lowered", &[]), &[], ALL, true);
+}
+
+#[test]
 fn forks_of_all_kinds() {
     the_same(&compile("forks.c", "forks", &[]), &[], ALL, true);
 }

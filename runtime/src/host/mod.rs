@@ -281,9 +281,15 @@ impl Host {
     /// everybody who waits. What is missing then reads as zeroes: bring everything home before.
     pub fn close(&self) {
         if let Err(errno) = self.channel.retire() {
-            tracing::error!(%errno, "the userfaultfd stays open; letting go of what is known to be registered");
+            tracing::warn!(%errno, "the userfaultfd stays open; letting go of what is known to be registered");
             self.unregister_all();
         }
+    }
+
+    /// In a forked child: closes the child's descriptor, or leaves it to whoever closes all that usvm kept open. Nothing is
+    /// let go of: what is registered is the parent's memory, and a call on this descriptor would be about that.
+    pub fn leave(&self) {
+        let _ = self.channel.retire();
     }
 
     /// Flips, and the times something else had to do.

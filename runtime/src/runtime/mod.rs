@@ -677,7 +677,7 @@ fn in_child() {
     unsafe { fds::forget_forks() };
     with_current(|inner| {
         inner.state.store(IN_A_CHILD, Ordering::Release);
-        inner.host.close();
+        inner.host.leave();
         inner.live.iter().for_each(live::Page::close);
         had_one = true;
     });
