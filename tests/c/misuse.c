@@ -63,6 +63,18 @@ static void before_init(void) {
     CHECK(strstr(message, "usvm_init") && native == ESHUTDOWN);
 }
 
+/* Devices that cannot be, whether usvm runs already or not. */
+static void no_such_device(void) {
+    usvm_config_t config = {sizeof config, "device=/dev/null", 0, 0};
+    BAD(ARGUMENT, "USVM_DEVICE", usvm_init(&config));
+    config.options = "vram=0";
+    BAD(ARGUMENT, "USVM_VRAM", usvm_init(&config));
+    config.options = "vram=4097";
+    BAD(ARGUMENT, "USVM_VRAM", usvm_init(&config));
+    config.options = "vram=16M;visible=17M";
+    BAD(ARGUMENT, "USVM_CONF: visible", usvm_init(&config));
+}
+
 static void init(void) {
     usvm_config_t config = {sizeof config, NULL, 0, 0};
     BAD(ARGUMENT, "config", usvm_init((usvm_config_t *)ODD));
@@ -85,11 +97,12 @@ static void init(void) {
     config.reserved = 1;
     BAD(ARGUMENT, "config.reserved", usvm_init(&config));
     config.reserved = 0;
-    const char *const options[] = {ODD, "vram", "nonsense=1", "vram=much", "device=/dev/null", "\xff=1", unmapped};
+    const char *const options[] = {ODD, "vram", "nonsense=1", "vram=much", "\xff=1", unmapped};
     for (size_t i = 0; i < sizeof options / sizeof *options; i++) {
         config.options = options[i];
-        BAD(ARGUMENT, i == 4 ? "USVM_DEVICE" : "config.options", usvm_init(&config));
+        BAD(ARGUMENT, "config.options", usvm_init(&config));
     }
+    no_such_device();
     char *endless = malloc(10000);
     CHECK(endless != NULL);
     memset(endless, ';', 10000);
@@ -102,6 +115,7 @@ static void init(void) {
 static void devices(void) {
     usvm_device_t device;
     usvm_device_info_t info;
+    no_such_device();
     BAD(ARGUMENT, "count", usvm_device_count(NULL));
     BAD(ARGUMENT, "count", usvm_device_count((uint32_t *)read_only));
     BAD(ARGUMENT, "count", usvm_device_count((uint32_t *)ODD));

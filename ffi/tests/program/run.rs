@@ -136,13 +136,17 @@ fn a_file_without_a_first_line_is_the_shells() {
 
 #[test]
 fn wrong_words_are_usage_errors_and_run_nothing() {
-    let cases: [(&[&str], &str); 7] = [
+    let cases: [(&[&str], &str); 11] = [
         (&["run"], "COMMAND"),
         (&["run", "--no-such-option", "--", "echo", "ran"], "--no-such-option"),
         (&["run", "--chaos", "x", "--", "echo", "ran"], "--chaos"),
         (&["run", "--policy", "lru", "--", "echo", "ran"], "adaptive, gpusvm, remote"),
         (&["run", "--device", "sim:gtx", "--", "echo", "ran"], "arc-a770"),
         (&["run", "--vram", "much", "--", "echo", "ran"], "K, M, G"),
+        (&["run", "--vram", "0", "--", "echo", "ran"], "4 KiB or more"),
+        (&["run", "--vram", "5000", "--", "echo", "ran"], "set 4096"),
+        (&["run", "--stats-file", "/no/such/s.json", "--", "echo", "ran"], "/no/such/s.json"),
+        (&["run", "--trace", "/etc/passwd/t.json", "--", "echo", "ran"], "no such folder"),
         (&["dance"], "dance"),
     ];
     for (words, part) in cases {

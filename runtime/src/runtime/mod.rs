@@ -382,13 +382,24 @@ fn devices_of(config: &Config) -> Result<Vec<SimConfig>> {
                 Profile::ALL.map(|p| p.name).join(", ")
             ),
         })?;
-        Ok(SimConfig {
+        let device = SimConfig {
             profile,
             vram_bytes: config.vram.unwrap_or(SimConfig::default().vram_bytes),
             cpu_visible_bytes: config.visible,
             recoverable_faults: config.faults,
             ..SimConfig::default()
-        })
+        };
+        // In the words of whoever configures, not of the device.
+        device.validate().map_err(|e| match e {
+            Error::Invalid { argument: "vram_bytes", reason } => {
+                Error::Invalid { argument: "USVM_VRAM", reason }
+            }
+            Error::Invalid { argument: "cpu_visible_bytes", reason } => {
+                Error::Invalid { argument: "USVM_CONF", reason: format!("visible: {reason}") }
+            }
+            other => other,
+        })?;
+        Ok(device)
     };
     names.into_iter().map(one).collect()
 }

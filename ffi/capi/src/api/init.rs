@@ -42,6 +42,7 @@ pub unsafe extern "C" fn usvm_init(config: *const usvm_config_t) -> usvm_result_
         // First of all: a fork of another thread must not leave its child what this one holds.
         process::install_handlers();
         let config = if config.is_null() { Config::from_env()? } else { read_config(config)? };
+        usvm::runtime::check(&config)?;
         process::acquire(Some(config))?;
         let mut tables = handles::lock();
         if tables.users == 0 {

@@ -25,6 +25,9 @@ programs started by the program run under usvm as well.
 Statically linked, 32-bit and set-user-ID programs cannot be helped: they run as without usvm, and a line on \
 stderr says so.
 
+Statistics and the trace are a runtime's, and a program has one where it uses one: by libusvm, by OpenCL with \
+--policy, or by --chaos. Of a program without there is nothing to print or write, except counts of its OpenCL calls.
+
 Exit status: the program's; 126 if it cannot be executed, 127 if it is not found, 2 for wrong options or values, \
 1 if usvm's library is missing.
 

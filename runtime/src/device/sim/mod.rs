@@ -109,8 +109,11 @@ impl SimConfig {
         }
     }
 
-    /// Errors name the field and what to set it to.
-    fn validate(&self) -> Result<()> {
+    /// Whether there can be such a device.
+    ///
+    /// # Errors
+    /// They name the field and what to set it to.
+    pub fn validate(&self) -> Result<()> {
         let invalid = |argument, reason| Err(Error::Invalid { argument, reason });
         if self.vram_bytes == 0 {
             return invalid("vram_bytes", "a device needs memory: set 4 KiB or more".into());

@@ -48,6 +48,11 @@ pub fn run(args: RunArgs) -> Outcome {
             return Ok(status);
         }
     };
+    // Whoever would write it says so at the program's end.
+    if let Some(file) = [&args.stats_file, &args.trace].into_iter().flatten().find(|file| !has_place(file)) {
+        say::warn(format!("{}: there is no such folder", file.display()));
+        return Ok(USAGE);
+    }
     let plan = Plan::new(&args, program, fitness, &environment)?;
     let parsed = Config::parse(plan.environment(&environment), false);
     let config = match parsed
@@ -211,6 +216,12 @@ impl Plan {
         // The file itself is there: what is not found is its interpreter.
         if errno == Errno::ENOENT { 127 } else { 126 }
     }
+}
+
+/// Whether the folder is there that `file` is to be in. One that is named by a process is not looked for.
+fn has_place(file: &Path) -> bool {
+    let Some(folder) = file.parent().filter(|folder| !folder.as_os_str().is_empty()) else { return true };
+    folder.is_dir() || folder.as_os_str().as_bytes().windows(2).any(|part| part == b"%p")
 }
 
 /// Whether `value` switches something on, as the configuration reads it.
