@@ -185,6 +185,15 @@ fn a_program_under_chaos_leaves_statistics_and_a_trace() {
     assert!(lasting > 500, "{lasting} events of {}", events.len());
 }
 
+/// GNU's programs close their standard error before any library ends.
+#[test]
+fn statistics_of_a_program_that_closes_its_standard_error() {
+    let mut command = usvm(&["run", "--chaos", "1500", "--stats", "--"]);
+    let ran = said(command.args(["sleep", "0.5"]));
+    assert_eq!((ran.code, ran.out.as_str()), (Some(0), ""), "{}", ran.err);
+    assert!(ran.err.lines().any(|line| line.starts_with("bytes_to_device ")), "{}", ran.err);
+}
+
 #[test]
 fn the_heap_is_the_programs() {
     let program = compile("tests/programs/c/heapuse.cc", &["-std=c++17"]);

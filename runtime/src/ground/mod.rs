@@ -13,3 +13,4 @@ pub mod once;
 pub(crate) mod renew;
 pub mod sync;
 pub mod thread;
+pub mod words;

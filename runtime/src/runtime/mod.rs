@@ -41,10 +41,9 @@ mod watchdog;
 
 use std::cell::Cell;
 use std::fmt;
-use std::io::Write as _;
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicU8, Ordering};
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use crate::device::sim::{self, Gpu, Profile, SimConfig, SimDevice};
@@ -53,7 +52,7 @@ use crate::ground::config::Config;
 use crate::ground::error::{Errno, Error, Result};
 use crate::ground::inject::{self, Call};
 use crate::ground::sync::Fence;
-use crate::ground::{alloc, fds, thread};
+use crate::ground::{alloc, fds, thread, words};
 use crate::host::features::{self, Features};
 use crate::host::fork::{self, Handlers};
 use crate::host::service::Service;
@@ -159,6 +158,8 @@ pub(crate) struct Inner {
     control: Control,
     asked: SpanMap<Asked>,
     live: Option<live::Page>,
+    /// Until the statistics are told.
+    stderr: Mutex<Option<words::Kept>>,
     disturbed: chaos::Done,
     state: AtomicU8,
 }
@@ -261,6 +262,7 @@ fn start(builder: Builder) -> Result<Runtime> {
         control: Control::start()?,
         asked: SpanMap::default(),
         live: live::Page::create().inspect_err(|e| tracing::debug!("nobody can look: {e}")).ok(),
+        stderr: Mutex::new(config.show_stats.then(words::keep).flatten()),
         disturbed: chaos::Done::default(),
         state: AtomicU8::new(RUNNING),
         config,
@@ -536,6 +538,7 @@ impl Inner {
             tracing::error!("the trace is incomplete: {e}");
         }
         self.report();
+        drop(self.stderr.lock().unwrap_or_else(PoisonError::into_inner).take());
         self.live.iter().for_each(live::Page::close);
         self.state.store(state, Ordering::Release);
         let raw = CURRENT.swap(ptr::null_mut(), Ordering::SeqCst);
@@ -566,8 +569,7 @@ impl Inner {
     fn report(&self) {
         let snapshot = self.snapshot();
         if self.config.show_stats {
-            // The program may have closed its standard error.
-            let _ = write!(std::io::stderr(), "{snapshot}");
+            words::write(snapshot.to_string().as_bytes());
         }
         if let Some(path) = self.config.stats_path(std::process::id())
             && let Err(e) = inject::check(Call::Open)
@@ -707,6 +709,7 @@ fn in_child() {
             thread::forget_all();
             fds::close_all_in_child();
         }
+        words::forget_in_child();
     }
 }
 
