@@ -27,6 +27,7 @@
  *  - Structures begin with their size as the caller knows it (struct_size, or size), so that they can grow.
  *  - Addresses and lengths are bytes. A range need not be aligned: what is not a matter of contents (advise, prefetch,
  *    evict, attributes, notifiers) is done for all pages that it touches.
+ *  - What is no call's answer (memory that was lost with a device, a thread of usvm that died) is told on standard error.
  *  - A forked child begins without usvm: handles of the parent are invalid there, and usvm_init() starts anew.
  */
 #ifndef USVM_H

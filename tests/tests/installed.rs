@@ -194,6 +194,21 @@ fn statistics_of_a_program_that_closes_its_standard_error() {
     assert!(ran.err.lines().any(|line| line.starts_with("bytes_to_device ")), "{}", ran.err);
 }
 
+/// What goes wrong in a program that knows nothing of usvm is told all the same.
+#[test]
+fn errors_are_told() {
+    let program = compile("tests/programs/c/churn.c", &[]);
+    let mut command = usvm(&["run", "--chaos", "1500", "--"]);
+    let ran = said(command.arg(&program).args(["0.3", "2", "0"]).env("USVM_STATS_FILE", "/no/such/%p.json"));
+    assert_eq!((ran.code, ran.out.as_str()), (Some(0), "all as it should be\n"), "{}", ran.err);
+    let told: Vec<_> = ran.err.lines().collect();
+    assert!(
+        told.len() == 1 && told[0].starts_with("usvm: cannot write the statistics to /no/such/"),
+        "{}",
+        ran.err
+    );
+}
+
 #[test]
 fn the_heap_is_the_programs() {
     let program = compile("tests/programs/c/heapuse.cc", &["-std=c++17"]);

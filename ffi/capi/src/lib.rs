@@ -16,6 +16,7 @@ pub mod api;
 pub mod cancel;
 pub mod heap_error;
 pub mod interpose;
+mod log;
 pub mod process;
 
 /// The tests' own: usvm's memory must not be migratable.

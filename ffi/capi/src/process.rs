@@ -19,6 +19,7 @@ use usvm::ground::alloc;
 use usvm::{Config, Error, Result, Runtime};
 
 use crate::api::{fork, init};
+use crate::log;
 
 struct Shared {
     runtime: Runtime,
@@ -47,6 +48,7 @@ pub fn acquire(config: Option<Config>) -> Result<Runtime> {
         Some(config) => config,
         None => Config::from_env()?,
     };
+    log::listen();
     let runtime = Runtime::start(config)?;
     *shared = Some(Shared { runtime: runtime.clone(), users: 1, owner: std::process::id() });
     Ok(runtime)

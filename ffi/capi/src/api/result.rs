@@ -153,10 +153,22 @@ thread_local! {
         const { LastError { text: UnsafeCell::new([0; LONGEST]), native: Cell::new(0) } };
 }
 
-/// Writes into a fixed buffer, as much as fits, whole characters only.
-struct Fixed<'a> {
+/// Writes into a fixed buffer, as much as fits with one byte to spare, whole characters only.
+pub(crate) struct Fixed<'a> {
     buffer: &'a mut [u8],
     used: usize,
+}
+
+impl<'a> Fixed<'a> {
+    /// From the beginning of `buffer`.
+    pub(crate) fn new(buffer: &'a mut [u8]) -> Self {
+        Self { buffer, used: 0 }
+    }
+
+    /// Bytes that were written.
+    pub(crate) fn used(&self) -> usize {
+        self.used
+    }
 }
 
 impl Write for Fixed<'_> {
@@ -174,7 +186,7 @@ pub(crate) fn note(failure: &Failure) {
     LAST.with(|last| {
         // SAFETY: only this thread has the cell, and the reference ends here.
         let buffer = unsafe { &mut *last.text.get() };
-        let mut to = Fixed { buffer, used: 0 };
+        let mut to = Fixed::new(buffer);
         // Zero bytes would end it early: there are none in messages, except out of a caller's own text.
         let _ = to.write_str(&failure.message.replace('\0', "\u{fffd}"));
         let used = to.used;
