@@ -56,6 +56,22 @@ int main(void) {
     if (h) OK(blocking_free(context, h));
     if (s) OK(blocking_free(context, s));
     OK(clReleaseKernel(kernel));
+
+    /* The driver gives the next context the same handle: the blocks of the first are not its blocks. */
+    clGetMemAllocInfoINTEL_fn info = clGetExtensionFunctionAddressForPlatform(platform, "clGetMemAllocInfoINTEL");
+    void *left = device_alloc(context, device, NULL, 300, 0, &e);
+    OK(e);
+    size_t size = 0;
+    OK(info(context, left, CL_MEM_ALLOC_SIZE_INTEL, sizeof size, &size, NULL));
+    CHECK(size == 300);
+    OK(clReleaseContext(context));
+    CHECK(clCreateContext(NULL, 1, &device, NULL, NULL, &e) == context);
+    OK(info(context, left, CL_MEM_ALLOC_SIZE_INTEL, sizeof size, &size, NULL));
+    printf("of the context before: %zu bytes\n", size);
+    kernel = kernel_of(program, "any");
+    OK(clSetKernelExecInfo(kernel, CL_KERNEL_EXEC_INFO_INDIRECT_DEVICE_ACCESS_INTEL, sizeof yes, &yes));
+    OK(clReleaseKernel(kernel));
+    free(left);
     int *live = clGetExtensionFunctionAddressForPlatform(platform, "fakeLiveEventsFAKE");
     printf("events that nobody released: %d\n", *live);
     return 0;

@@ -80,6 +80,8 @@ static cl_context create_context(const cl_context_properties *p, cl_uint n, cons
     return (cl_context)&the_context;
 }
 
+static cl_int release_context(cl_context c) { (void)c; return CL_SUCCESS; }
+
 static cl_int context_info(cl_context c, cl_context_info name, size_t size, void *value, size_t *size_ret) {
     (void)c;
     if (name == CL_CONTEXT_DEVICES) return VALUE(cl_device_id, (cl_device_id)&the_device);
@@ -168,6 +170,7 @@ __attribute__((constructor)) static void fill(void) {
     table.clGetDeviceIDs = get_device_ids;
     table.clGetDeviceInfo = device_info;
     table.clCreateContext = create_context;
+    table.clReleaseContext = release_context;
     table.clGetContextInfo = context_info;
     table.clCreateCommandQueueWithProperties = create_queue;
     table.clGetCommandQueueInfo = queue_info;

@@ -37,7 +37,8 @@ static cl_kernel say_clone(cl_kernel k, cl_int *e) { (void)k; called = "clCloneK
 static const struct { const char *name; size_t offset; } replaced[] = {
 #define ENTRY(name) {#name, offsetof(cl_icd_dispatch, name)}
     ENTRY(clGetPlatformInfo), ENTRY(clGetDeviceInfo), ENTRY(clGetExtensionFunctionAddress),
-    ENTRY(clGetExtensionFunctionAddressForPlatform), ENTRY(clCreateCommandQueue),
+    ENTRY(clGetExtensionFunctionAddressForPlatform), ENTRY(clCreateContext), ENTRY(clCreateContextFromType),
+    ENTRY(clCreateCommandQueue),
     ENTRY(clCreateCommandQueueWithProperties), ENTRY(clRetainCommandQueue), ENTRY(clReleaseCommandQueue),
     ENTRY(clCreateKernel), ENTRY(clCreateKernelsInProgram), ENTRY(clCloneKernel), ENTRY(clRetainKernel),
     ENTRY(clReleaseKernel), ENTRY(clSetKernelArg), ENTRY(clSetKernelArgSVMPointer), ENTRY(clSetKernelExecInfo),

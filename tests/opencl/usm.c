@@ -1,6 +1,8 @@
 /* A program that needs cl_intel_unified_shared_memory: every function of the extension, its queries and its errors.
    Prints the same lines wherever it runs; exits with 3 where the device has no USM. */
 #include "common.h"
+#include <pthread.h>
+#include <unistd.h>
 
 static clHostMemAllocINTEL_fn host_alloc;
 static clDeviceMemAllocINTEL_fn device_alloc;
@@ -336,6 +338,28 @@ static void refused(void) {
     CHECK(host_alloc(context, NULL, 0, 0, NULL) == NULL);
 }
 
+/* A copy that waits for what fails, before it or meanwhile, fails itself. */
+static void *fail(void *gate) {
+    usleep(50000);
+    OK(clSetUserEventStatus(gate, -5));
+    return NULL;
+}
+
+static void failing_events(char *s) {
+    cl_int e;
+    for (size_t size = 0; size <= 64; size += 64) {
+        cl_event gate = clCreateUserEvent(context, &e);
+        OK(e);
+        pthread_t thread;
+        CHECK(pthread_create(&thread, NULL, fail, gate) == 0);
+        GIVES(CL_EXEC_STATUS_ERROR_FOR_EVENTS_IN_WAIT_LIST, copy(queue, CL_TRUE, s, s + 64, size, 1, &gate, NULL));
+        CHECK(pthread_join(thread, NULL) == 0);
+        GIVES(CL_EXEC_STATUS_ERROR_FOR_EVENTS_IN_WAIT_LIST, copy(queue, CL_TRUE, s, s + 64, size, 1, &gate, NULL));
+        OK(clReleaseEvent(gate));
+        OK(copy(queue, CL_TRUE, s, s + 64, size, 0, NULL, NULL));
+    }
+}
+
 static void errors(cl_program program) {
     refused();
     cl_int e;
@@ -360,6 +384,7 @@ static void errors(cl_program program) {
     GIVES(CL_MEM_COPY_OVERLAP, copy(queue, CL_TRUE, s, s + 63, 64, 0, NULL, NULL));
     GIVES(CL_MEM_COPY_OVERLAP, copy(queue, CL_TRUE, s + 63, s, 64, 0, NULL, NULL));
     GIVES(CL_INVALID_EVENT_WAIT_LIST, copy(queue, CL_TRUE, s, s + 64, 64, 1, NULL, NULL));
+    failing_events(s);
     GIVES(CL_INVALID_COMMAND_QUEUE, migrate(NULL, s, 4096, 0, 0, NULL, NULL));
     GIVES(CL_INVALID_VALUE, migrate(queue, s, 4096, 1 << 10, 0, NULL, NULL));
     GIVES(CL_INVALID_COMMAND_QUEUE, advise(NULL, s, 4096, 0, 0, NULL, NULL));

@@ -254,6 +254,7 @@ fn what_a_device_gets_follows_from_what_its_driver_says() {
             driver: 1 pointers reached indirectly\ndriver: launch\ndriver: 100 bytes with flags 0x1\n\
             driver: 2 pointers reached indirectly\ndriver: launch\ndriver: launch\ndriver: launch\n\
             driver: finish a queue with 2 references\ndriver: finish a queue with 2 references\n\
+            driver: 300 bytes with flags 0x1\nof the context before: 0 bytes\n\
             events that nobody released: 0\n";
         assert_eq!(coarse.out, expected, "{way:?}");
         // 7000 alone twice, with the other 100 three times; the launch that was refused does not count.

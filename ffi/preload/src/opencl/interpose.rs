@@ -68,6 +68,7 @@ macro_rules! exported {
 exported! {
     clGetPlatformInfo clGetDeviceInfo
     clGetExtensionFunctionAddress clGetExtensionFunctionAddressForPlatform
+    clCreateContext clCreateContextFromType
     clCreateCommandQueue clCreateCommandQueueWithProperties clRetainCommandQueue clReleaseCommandQueue
     clCreateKernel clCreateKernelsInProgram clCloneKernel clRetainKernel clReleaseKernel
     clSetKernelArg clSetKernelArgSVMPointer clSetKernelExecInfo

@@ -103,6 +103,18 @@ impl Blocks {
         books.take(base)
     }
 
+    /// Forgets the blocks of a context that is gone: nobody can free them any more.
+    pub fn forget_context(&self, context: usize) {
+        let mut books = self.write();
+        let mut of_it = books.bytes.range((context, Kind::Svm)..=(context, Kind::Shared));
+        if of_it.next().is_none() {
+            return;
+        }
+        books.blocks.retain(|_, block| block.context != context);
+        books.bytes.retain(|(of, _), _| *of != context);
+        self.changes.fetch_add(1, Ordering::Release);
+    }
+
     /// The block that `addr` lies in.
     pub fn find(&self, addr: usize) -> Option<Block> {
         let books = self.read();

@@ -16,6 +16,7 @@ pub type Bitfield = u64;
 pub const SUCCESS: Int = 0;
 pub const OUT_OF_HOST_MEMORY: Int = -6;
 pub const MEM_COPY_OVERLAP: Int = -8;
+pub const EXEC_STATUS_ERROR_FOR_EVENTS_IN_WAIT_LIST: Int = -14;
 pub const INVALID_VALUE: Int = -30;
 pub const INVALID_DEVICE: Int = -33;
 pub const INVALID_CONTEXT: Int = -34;
@@ -67,6 +68,7 @@ pub const QUEUE_DEVICE: Uint = 0x1091;
 pub const KERNEL_CONTEXT: Uint = 0x1193;
 pub const EVENT_CONTEXT: Uint = 0x11D4;
 pub const EVENT_COMMAND_TYPE: Uint = 0x11D1;
+pub const EVENT_COMMAND_EXECUTION_STATUS: Uint = 0x11D3;
 pub const COMPLETE: Int = 0;
 
 pub const KERNEL_EXEC_INFO_SVM_PTRS: Uint = 0x11B6;
@@ -114,6 +116,17 @@ pub type GetInfo = unsafe extern "C" fn(Handle, Uint, usize, *mut c_void, *mut u
 pub type OnHandle = unsafe extern "C" fn(Handle) -> Int;
 pub type GetPlatformIds = unsafe extern "C" fn(Uint, *mut Handle, *mut Uint) -> Int;
 pub type GetDeviceIds = unsafe extern "C" fn(Handle, Bitfield, Uint, *mut Handle, *mut Uint) -> Int;
+pub type ContextCallback = unsafe extern "C" fn(*const c_char, *const c_void, usize, *mut c_void);
+pub type CreateContext = unsafe extern "C" fn(
+    *const isize,
+    Uint,
+    *const Handle,
+    Option<ContextCallback>,
+    *mut c_void,
+    *mut Int,
+) -> Handle;
+pub type CreateContextFromType =
+    unsafe extern "C" fn(*const isize, Bitfield, Option<ContextCallback>, *mut c_void, *mut Int) -> Handle;
 pub type CreateCommandQueue = unsafe extern "C" fn(Handle, Handle, Bitfield, *mut Int) -> Handle;
 pub type CreateCommandQueueWithProperties =
     unsafe extern "C" fn(Handle, Handle, *const Bitfield, *mut Int) -> Handle;

@@ -473,18 +473,33 @@ impl Events {
         }
     }
 
-    /// A command that only waits, and whose end the program waits for.
-    fn blocking_marker(self, driver: &Dispatch, queue: Handle, command: Uint) -> Int {
+    /// Whether one of those before has failed already. A driver may wait for its end then.
+    fn have_failed(self, driver: &Dispatch) -> bool {
+        // SAFETY: the list was checked.
+        let mut events = (0..self.count as usize).map(|n| unsafe { *self.before.add(n) });
+        events.any(|e| {
+            info::<Int>(driver.clGetEventInfo, e, EVENT_COMMAND_EXECUTION_STATUS).is_ok_and(|s| s < 0)
+        })
+    }
+
+    /// A command that `enqueue` puts into the queue and whose end the program waits for, by the command's own event: its
+    /// status says whether those before have failed.
+    fn blocking(self, driver: &Dispatch, queue: Handle, enqueue: impl FnOnce(Self) -> Int) -> Int {
+        if self.have_failed(driver) {
+            return EXEC_STATUS_ERROR_FOR_EVENTS_IN_WAIT_LIST;
+        }
         let mut own = std::ptr::null_mut();
         let after = if self.after.is_null() { &raw mut own } else { self.after };
-        let result = Events { after, ..self }.marker(driver, queue, command);
+        let result = enqueue(Events { after, ..self });
         if result != SUCCESS {
             return result;
         }
-        // SAFETY: the event is the driver's, and ours to give up if the program did not want it.
+        // SAFETY: the program's own queue; the event is the driver's, and ours to give up if the program did not want it.
         unsafe {
+            driver.clFlush.map(|flush| flush(queue));
             let waited = driver.clWaitForEvents.map_or(SUCCESS, |wait| wait(1, after));
-            if !own.is_null() {
+            // One that failed stays: PoCL goes on with it when those that wait are awake, and ends the process if it is gone.
+            if !own.is_null() && waited == SUCCESS {
                 EVENTS.release(own as usize);
                 driver.clReleaseEvent.map(|release| release(own));
             }
@@ -560,20 +575,20 @@ unsafe extern "C" fn enqueue_memcpy<const F: usize>(
         return INVALID_VALUE;
     }
     if size == 0 {
-        return if blocking != 0 {
-            events.blocking_marker(driver, queue, COMMAND_MEMCPY)
-        } else {
-            events.marker(driver, queue, COMMAND_MEMCPY)
-        };
+        let marker = |events: Events| events.marker(driver, queue, COMMAND_MEMCPY);
+        return if blocking != 0 { events.blocking(driver, queue, marker) } else { marker(events) };
     }
     if (to as usize).abs_diff(from as usize) < size {
         return MEM_COPY_OVERLAP;
     }
     let Some(copy) = driver.clEnqueueSVMMemcpy else { return INVALID_OPERATION };
     COUNTS.usm_commands.add(1);
-    // SAFETY: the program's own arguments, checked.
-    let result = unsafe { copy(queue, blocking, to, from, size, count, before, after) };
-    events.named(result, COMMAND_MEMCPY)
+    let enqueue = |events: Events| {
+        // SAFETY: the program's own arguments, checked.
+        let result = unsafe { copy(queue, 0, to, from, size, count, before, events.after) };
+        events.named(result, COMMAND_MEMCPY)
+    };
+    if blocking != 0 { events.blocking(driver, queue, enqueue) } else { enqueue(events) }
 }
 
 unsafe extern "C" fn enqueue_migrate_mem<const F: usize>(

@@ -43,6 +43,8 @@ pub fn table<const N: usize>(target: &Dispatch) -> Dispatch {
         clGetDeviceInfo: get_device_info,
         clGetExtensionFunctionAddress: get_extension_function_address,
         clGetExtensionFunctionAddressForPlatform: get_extension_function_address_for_platform,
+        clCreateContext: create_context,
+        clCreateContextFromType: create_context_from_type,
         clCreateCommandQueue: create_command_queue,
         clCreateCommandQueueWithProperties: create_command_queue_with_properties,
         clRetainCommandQueue: retain_command_queue,
@@ -171,6 +173,37 @@ unsafe fn extension_function(slot: usize, platform: Handle, name: *const c_char)
     }
     // SAFETY: as the caller says.
     faces::function(slot, platform, unsafe { CStr::from_ptr(name) })
+}
+
+unsafe extern "C" fn create_context<const N: usize>(
+    properties: *const isize,
+    count: Uint,
+    devices: *const Handle,
+    callback: Option<ContextCallback>,
+    user: *mut c_void,
+    error: *mut Int,
+) -> Handle {
+    let none = std::ptr::null_mut();
+    new_context(own!(N, clCreateContext(properties, count, devices, callback, user, error), none))
+}
+
+unsafe extern "C" fn create_context_from_type<const N: usize>(
+    properties: *const isize,
+    kind: Bitfield,
+    callback: Option<ContextCallback>,
+    user: *mut c_void,
+    error: *mut Int,
+) -> Handle {
+    let none = std::ptr::null_mut();
+    new_context(own!(N, clCreateContextFromType(properties, kind, callback, user, error), none))
+}
+
+/// A context whose handle was another's before does not have that one's blocks.
+fn new_context(context: Handle) -> Handle {
+    if !context.is_null() {
+        BLOCKS.forget_context(context as usize);
+    }
+    context
 }
 
 unsafe extern "C" fn create_command_queue<const N: usize>(
