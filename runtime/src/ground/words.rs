@@ -3,17 +3,17 @@
 //! # Overview
 //! Many programs close their standard error when they end, before the destructors of libraries run (GNU's coreutils do).
 //! A runtime that will have something to tell keeps a descriptor of its own of what was standard error at its start
-//! ([`keep`]); [`write`] takes that one, and the program's where there is none.
+//! (`keep`); [`write()`] takes that one, and the program's where there is none.
 //!
 //! # Locking
-//! None: one atomic number. [`write`] makes one system call for as much as the kernel takes, and allocates nothing: service
+//! None: one atomic number. [`write()`] makes one system call for as much as the kernel takes, and allocates nothing: service
 //! threads may call it.
 //!
 //! # Limits
 //! Whoever reads the other end of a pipe sees its end when the runtime has ended, not when the program closes its own.
 //!
 //! # Safety
-//! A system call with a live buffer. The kept descriptor is open until [`Kept`] is dropped, which takes the number away
+//! A system call with a live buffer. The kept descriptor is open until `Kept` is dropped, which takes the number away
 //! first.
 #![allow(unsafe_code)]
 
