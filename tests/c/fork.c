@@ -2,8 +2,10 @@
 #define _GNU_SOURCE
 #include "check.h"
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -84,6 +86,12 @@ int main(void) {
     for (int i = 0; i < 3; i++)
         pthread_join(threads[i], NULL);
     CHECK(mine[0] == 5);
+    pid_t pid = (pid_t)syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0); /* no handler runs */
+    if (pid == 0)
+        child(mine, space, notifier, &told);
+    int status = 0;
+    CHECK(waitpid(pid, &status, 0) == pid);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
     OK(usvm_notifier_unregister(notifier));
     close_space(space);
     usvm_free(mine);

@@ -263,6 +263,87 @@ fn a_fork_when_no_descriptor_is_free() {
     });
 }
 
+/// A child of `_Fork` or of a clone by system call, where no handler of fork runs.
+#[test]
+fn a_child_that_no_handler_prepared_runs_its_own() {
+    if !kernel_faults() {
+        return;
+    }
+    isolated("a_child_that_no_handler_prepared_runs_its_own", || {
+        let rt = runtime(64 << 20);
+        let (area, mut piece) = Area::filled(LEN, false, &mut Rng::new(51));
+        piece.change(&rt, "before");
+        for _ in 0..3 {
+            // Threads of the parent use what the child begins anew.
+            let fences: Vec<_> =
+                (0..8).map(|_| rt.prefetch(area.at, LEN, usvm::Location::Device(0))).collect();
+            let child = fork_child(true, || {
+                own_runtime(&mut piece.clone(), |piece| {
+                    let grandchild = fork_child(true, || own_runtime(&mut piece.clone(), |_| true));
+                    grandchild.wait(Duration::from_secs(20)) == 0
+                })
+            });
+            piece.check(&rt, "the parent meanwhile");
+            child.good("a child with a runtime and a child");
+            fences.iter().for_each(|fence| drop(fence.wait(None)));
+        }
+        piece.check(&rt, "the parent afterwards");
+        // With other threads there somebody could be using what it would forget.
+        let child = fork_child(true, || {
+            let stop = AtomicBool::new(false);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    while !stop.load(Ordering::Relaxed) {
+                        std::thread::sleep(Duration::from_millis(1));
+                    }
+                });
+                let refused = usvm::Runtime::start(usvm::Config::default()).map(drop);
+                stop.store(true, Ordering::Relaxed);
+                matches!(refused, Err(usvm::Error::NotSupported(why)) if why.contains("first other thread"))
+            })
+        });
+        child.good("a child with threads, which is told what to do");
+        drop(area);
+        rt.shutdown();
+    });
+}
+
+/// A child has no thread that would answer, and is told so instead of waiting.
+#[test]
+fn a_child_with_its_parents_handle_waits_for_nobody() {
+    if !kernel_faults() {
+        return;
+    }
+    isolated("a_child_with_its_parents_handle_waits_for_nobody", || {
+        let rt = runtime(64 << 20);
+        let (area, mut piece) = Area::filled(LEN, false, &mut Rng::new(52));
+        piece.change(&rt, "before");
+        let refused = |result: usvm::Result<()>| matches!(result, Err(usvm::Error::NotRunning(_)));
+        for raw in [false, true] {
+            let mut bracket = Some(rt.begin_access(0, &[writes(area.at, LEN)]).unwrap());
+            fork_child(raw, || {
+                refused(rt.evict(area.at, LEN))
+                    && refused(rt.keep_home(area.at, K4))
+                    && refused(rt.defer(|_| Ok(())).wait(None).map(drop))
+                    && refused(rt.begin_access(0, &[writes(area.at, LEN)]).map(drop))
+                    && bracket.take().is_some_and(|bracket| refused(rt.end_access(bracket)))
+            })
+            .good("calls to the parent's runtime");
+            // Its handlers ask the parent's runtime for nothing either.
+            fork_child(raw, || fork_child(false, || true).wait(Duration::from_secs(20)) == 0)
+                .good("a fork in a child");
+            fork_child(raw, || {
+                rt.shutdown();
+                true
+            })
+            .good("an end in a child");
+            rt.end_access(bracket.unwrap()).unwrap();
+        }
+        piece.check(&rt, "the parent afterwards");
+        drop(area);
+    });
+}
+
 /// Running work holds its memory where it is: the fork does not wait for it, the child has the memory all the same, and what
 /// the device writes afterwards is not lost.
 #[test]

@@ -38,6 +38,7 @@ fn shared() -> MutexGuard<'static, Option<Shared>> {
 /// The process's runtime; started with `config` (the environment's when `None`) if there is none yet. Each call wants
 /// its [`release`].
 pub fn acquire(config: Option<Config>) -> Result<Runtime> {
+    usvm::runtime::leave_the_parents()?;
     install_handlers();
     let mut shared = shared();
     if let Some(shared) = shared.as_mut() {

@@ -131,6 +131,10 @@ pub fn reserve() -> bool {
 pub(crate) fn renew_after_fork() {
     SERVICE.renew();
     MAILBOX.renew();
+}
+
+/// For a forked child: its thread is the program's, wherever it forked.
+pub(crate) fn become_application_thread() {
     ROLE.set(Role::Application);
 }
 

@@ -85,6 +85,13 @@ pub fn living() -> Vec<(Pid, String)> {
     list().clone()
 }
 
+/// Whether the calling thread is the only one of its process. `false` where the kernel does not tell.
+pub(crate) fn is_alone() -> bool {
+    let asked = inject::check(Call::Open).map_err(|e| io::Error::from_raw_os_error(e.0));
+    let told = asked.and_then(|()| std::fs::read_to_string("/proc/thread-self/status"));
+    told.is_ok_and(|status| status.lines().any(|line| line == "Threads:\t1"))
+}
+
 /// Forgets all threads: in a forked child none exists, and one of them may have held the list's lock.
 ///
 /// # Safety

@@ -4,7 +4,8 @@
 //! Before a fork everything is brought home, so that the child, which has none of usvm's threads, finds its memory
 //! complete; after it the parent goes on and the child forgets that usvm ran. `vfork` and `posix_spawn` share the
 //! address space until they exec and need nothing. A fork by raw system call passes these handlers by; there the
-//! kernel's own FORK event lets the parent fill the child's pages (see [`crate::runtime`]).
+//! kernel's own FORK event lets the parent fill the child's pages (see [`crate::runtime`]). Such a child forgets its parent's
+//! runtime when it starts its own ([`crate::runtime::leave_the_parents`]).
 //!
 //! # Locking
 //! The handlers run on the application's thread, which must not wait for a lock of usvm: they hand the work to a

@@ -79,6 +79,7 @@ impl Runtime {
     /// Ends what [`Runtime::begin_access`] began.
     pub fn end_access(&self, bracket: Bracket) -> Result<()> {
         let inner = self.inner();
+        inner.check_ours()?;
         let svm = inner.svm.clone();
         inner.control.end(move || {
             let mut state = bracket.0.lock().unwrap_or_else(PoisonError::into_inner);

@@ -48,6 +48,13 @@ pub(crate) fn is_here() -> bool {
     }
 }
 
+/// Whether this is a child with memory of its own. `false` also where that cannot be told from a child of vfork.
+pub(crate) fn is_child() -> bool {
+    let page = PAGE.load(Ordering::Acquire);
+    // SAFETY: as above.
+    !page.is_null() && unsafe { &*page }.load(Ordering::Acquire) != 1
+}
+
 /// Maps the page; null where the kernel gives none.
 fn make() -> *mut AtomicU32 {
     if inject::check(Call::Mmap).is_err() {
@@ -81,7 +88,7 @@ mod tests {
         // SAFETY: the child makes no call but its end.
         let child = unsafe { libc::fork() };
         if child == 0 {
-            let code = i32::from(is_here());
+            let code = i32::from(is_here() || !is_child());
             // SAFETY: ends the child at once.
             unsafe { libc::_exit(code) };
         }
@@ -89,6 +96,6 @@ mod tests {
         // SAFETY: waits for the child just made.
         assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
         assert_eq!(status, 0, "the child found the page as it was");
-        assert!(is_here());
+        assert!(is_here() && !is_child());
     }
 }

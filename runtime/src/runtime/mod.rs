@@ -138,6 +138,7 @@ impl Builder {
 
     /// Builds and starts it.
     pub fn start(self) -> Result<Runtime> {
+        leave_the_parents()?;
         alloc::internal(|| start(self))
     }
 }
@@ -311,6 +312,27 @@ fn wait_for_threads() {
     }
 }
 
+/// A child of `_Fork` or of a clone by system call, where no handler of fork ran, has its parent's runtime on record. It
+/// forgets that as any other child does, as long as nobody else is there who could be using what is forgotten. Every start
+/// does; for who allocates in usvm's own memory before, where a thread of the parent may have held the lock.
+///
+/// # Errors
+/// [`Error::NotSupported`] in such a child that has other threads by now.
+pub fn leave_the_parents() -> Result<()> {
+    if !is_anywhere() || here::is_here() {
+        return Ok(());
+    }
+    if here::is_child() && thread::is_alone() {
+        forget_the_parents();
+        return Ok(());
+    }
+    Err(Error::NotSupported(
+        "usvm runs in the parent process, and this child was made without the handlers of fork: start usvm before the \
+         child's first other thread, or make the child with fork()"
+            .into(),
+    ))
+}
+
 /// Makes it the process's runtime; there can be one.
 fn publish(inner: &Arc<Inner>) -> Result<()> {
     let raw = Arc::into_raw(inner.clone()).cast_mut();
@@ -443,11 +465,21 @@ impl Inner {
         self.state.load(Ordering::Acquire) == RUNNING
     }
 
+    /// Whether its threads are in this process: a child that no handler told has a copy of a record that says it runs.
+    fn is_ours(&self) -> bool {
+        here::is_here() && self.state.load(Ordering::Acquire) != IN_A_CHILD
+    }
+
+    /// Whether there is anybody who would answer a request.
+    fn check_ours(&self) -> Result<()> {
+        let parents = "it belongs to the parent process; start one here";
+        if self.is_ours() { Ok(()) } else { Err(Error::NotRunning(parents)) }
+    }
+
     fn check(&self) -> Result<()> {
         match self.state.load(Ordering::Acquire) {
-            RUNNING => Ok(()),
+            RUNNING | IN_A_CHILD => self.check_ours(),
             WITHDRAWN => Err(Error::NotRunning("a service thread died and it withdrew; the log says which")),
-            IN_A_CHILD => Err(Error::NotRunning("it belongs to the parent process; start one here")),
             _ => Err(Error::NotRunning("it was shut down")),
         }
     }
@@ -495,6 +527,9 @@ impl Inner {
 
     /// Everything comes home, nothing new is served.
     fn shutdown(&self) {
+        if !self.is_ours() {
+            return;
+        }
         if self.state.compare_exchange(RUNNING, CLOSING, Ordering::AcqRel, Ordering::Acquire).is_err() {
             return;
         }
@@ -644,7 +679,7 @@ const LAST_PATIENCE: Duration = Duration::from_millis(100);
 
 fn before_fork() {
     with_current(|inner| {
-        if inner.is_running() && !alloc::is_service_thread() {
+        if inner.is_running() && inner.is_ours() && !alloc::is_service_thread() {
             FROZEN.set(inner);
             let svm = inner.svm.clone();
             // What running work holds is given to the child where the kernel tells of it; otherwise the fork waits.
@@ -683,10 +718,17 @@ fn after_fork() {
     });
 }
 
-#[allow(unsafe_code)]
 fn in_child() {
+    if forget_the_parents() {
+        alloc::become_application_thread();
+    }
+}
+
+/// In a child, whose only thread this is: the parent's runtime, if it had one, is not this process's. Whether it had one.
+#[allow(unsafe_code)]
+fn forget_the_parents() -> bool {
     let mut had_one = false;
-    // SAFETY: a handler of fork, in the child: no other thread exists.
+    // SAFETY: the only thread of a child.
     unsafe { fds::forget_forks() };
     with_current(|inner| {
         inner.state.store(IN_A_CHILD, Ordering::Release);
@@ -697,20 +739,21 @@ fn in_child() {
     if !had_one {
         // One may have been about to start.
         alloc::renew_held_after_fork();
-    } else {
-        // The parent's record is left as it is: its locks may be held by threads that do not exist here.
-        CURRENT.store(ptr::null_mut(), Ordering::Release);
-        FROZEN.set(ptr::null());
-        protect::forget_lookers();
-        alloc::renew_after_fork();
-        // SAFETY: a handler of fork, in the child: no other thread exists, and this one holds none of these locks.
-        unsafe {
-            exempt::renew_after_fork();
-            thread::forget_all();
-            fds::close_all_in_child();
-        }
-        words::forget_in_child();
+        return false;
     }
+    // The parent's record is left as it is: its locks may be held by threads that do not exist here.
+    CURRENT.store(ptr::null_mut(), Ordering::Release);
+    FROZEN.set(ptr::null());
+    protect::forget_lookers();
+    alloc::renew_after_fork();
+    // SAFETY: as above, and this thread holds none of these locks.
+    unsafe {
+        exempt::renew_after_fork();
+        thread::forget_all();
+        fds::close_all_in_child();
+    }
+    words::forget_in_child();
+    true
 }
 
 impl Runtime {
@@ -864,6 +907,9 @@ impl Runtime {
 
     /// A fence that is signalled when `f` has run on a control thread.
     pub fn defer(&self, f: impl FnOnce(&Svm) -> Result<()> + Send + 'static) -> Fence {
+        if let Err(e) = self.inner().check_ours() {
+            return Fence::signaled(Err(e));
+        }
         let svm = self.inner().svm.clone();
         self.inner().control.submit(move || f(&svm))
     }

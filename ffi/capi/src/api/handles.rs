@@ -134,6 +134,8 @@ impl<T> Slots<T> {
 pub(crate) struct Tables {
     /// `usvm_init`s without their `usvm_shutdown`.
     pub(crate) users: usize,
+    /// The process that called them; 0 before anybody did.
+    owner: u32,
     /// Times that the first of them came.
     pub(crate) epoch: u32,
     pub(crate) spaces: Slots<Space>,
@@ -146,6 +148,7 @@ pub(crate) struct Tables {
 
 static TABLES: Mutex<Tables> = Mutex::new(Tables {
     users: 0,
+    owner: 0,
     epoch: 0,
     spaces: Slots::new(Kind::Space),
     works: Slots::new(Kind::Fence),
@@ -182,8 +185,17 @@ impl Tables {
         std::mem::forget(std::mem::take(&mut self.told));
     }
 
+    /// Before this process is counted: forgets a parent's, where no handler of fork did.
+    pub(crate) fn forget_the_parents(&mut self) {
+        let me = std::process::id();
+        if std::mem::replace(&mut self.owner, me) != me && self.users > 0 {
+            self.forget();
+            super::notify::forget();
+        }
+    }
+
     fn check(&self) -> Done {
-        if self.users == 0 {
+        if self.users == 0 || self.owner != std::process::id() {
             return Err(Failure::new(
                 USVM_ERROR_NOT_RUNNING,
                 "usvm_init was not called, or usvm_shutdown was",

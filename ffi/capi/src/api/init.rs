@@ -39,12 +39,15 @@ pub extern "C" fn usvm_version() -> u32 {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn usvm_init(config: *const usvm_config_t) -> usvm_result_t {
     call(|| {
-        // First of all: a fork of another thread must not leave its child what this one holds.
+        // In a child that no handler of fork told.
+        usvm::runtime::leave_the_parents()?;
+        // Before all else: a fork of another thread must not leave its child what this one holds.
         process::install_handlers();
         let config = if config.is_null() { Config::from_env()? } else { read_config(config)? };
         usvm::runtime::check(&config)?;
         process::acquire(Some(config))?;
         let mut tables = handles::lock();
+        tables.forget_the_parents();
         if tables.users == 0 {
             tables.epoch = tables.epoch.wrapping_add(1);
         }
@@ -83,6 +86,7 @@ fn read_config(at: *const usvm_config_t) -> Done<Config> {
 pub extern "C" fn usvm_shutdown() -> usvm_result_t {
     call(|| {
         let mut tables = handles::lock();
+        tables.forget_the_parents();
         if tables.users == 0 {
             return Err(Failure::new(USVM_ERROR_NOT_RUNNING, "there is no usvm_init that this could end"));
         }
