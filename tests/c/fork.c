@@ -61,7 +61,25 @@ static void child(unsigned char *mine, usvm_space_t parents, usvm_notifier_t not
     _exit(0);
 }
 
+/* A handler that forks, too, the first time. */
+static void forks_too(void) {
+    static atomic_int done;
+    if (atomic_exchange(&done, 1))
+        return;
+    pid_t pid = fork();
+    if (pid == 0)
+        _exit(0);
+    int status = 0;
+    CHECK(waitpid(pid, &status, 0) == pid);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+}
+
 int main(void) {
+#ifdef __GLIBC_PREREQ
+#if __GLIBC_PREREQ(2, 36) /* before, such a handler waits for itself */
+    CHECK(pthread_atfork(forks_too, NULL, NULL) == 0);
+#endif
+#endif
     space = open_space("vram=16M");
     unsigned char *mine = usvm_malloc(LEN), *theirs = usvm_malloc(3 * LEN);
     CHECK(mine && theirs);

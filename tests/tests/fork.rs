@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use usvm::space::svm::PIN_PATIENCE;
 use usvm_tests::area::*;
-use usvm_tests::isolated::{Child, fork_child, isolated, kernel_faults};
+use usvm_tests::isolated::{Child, fork_child, isolated, kernel_faults, skipped};
 use usvm_tests::support::writes;
 
 #[global_allocator]
@@ -141,6 +141,40 @@ fn threads_that_fork_together_leave_devices_at_work() {
         piece.change(&rt, "afterwards");
         assert!(begun.elapsed() < PIN_PATIENCE, "devices are held still");
         piece.check(&rt, "afterwards");
+        drop(area);
+        rt.shutdown();
+    });
+}
+
+/// Forks once more, the first time.
+extern "C" fn forks_too() {
+    static DONE: AtomicBool = AtomicBool::new(false);
+    if !DONE.swap(true, Ordering::Relaxed) {
+        fork_child(false, || true).good("a child forked by a handler of fork");
+    }
+}
+
+/// A handler of fork may fork, and then the stillness lasts until the outer one is over, and no longer.
+#[test]
+fn a_handler_of_fork_forks() {
+    // SAFETY: gives a string that stays.
+    let version = unsafe { std::ffi::CStr::from_ptr(libc::gnu_get_libc_version()) };
+    let minor = version.to_str().ok().and_then(|v| v.strip_prefix("2.")).and_then(|v| v.parse().ok());
+    if minor.is_none_or(|minor: u32| minor < 36) {
+        return skipped("before glibc 2.36 a handler of fork that forks waits for itself");
+    }
+    isolated("a_handler_of_fork_forks", || {
+        // Before usvm's own, so it runs after that.
+        // SAFETY: a function of this program.
+        assert_eq!(unsafe { libc::pthread_atfork(Some(forks_too), None, None) }, 0);
+        let rt = runtime(64 << 20);
+        let (area, mut piece) = Area::filled(LEN, false, &mut Rng::new(53));
+        piece.change(&rt, "before");
+        fork_child(false, || holds(&piece)).good("the outer child");
+        piece.change(&rt, "afterwards");
+        piece.check(&rt, "afterwards");
+        let there = rt.residence(area.at, LEN).unwrap().device;
+        assert_eq!(there, LEN, "devices are held still");
         drop(area);
         rt.shutdown();
     });

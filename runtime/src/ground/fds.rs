@@ -120,7 +120,8 @@ static GATE: Mutex<Gate> = Mutex::new(Gate { forking: 0, late: Vec::new() });
 static ARRIVING: AtomicU32 = AtomicU32::new(0);
 
 thread_local! {
-    static FORKS: Cell<bool> = const { Cell::new(false) };
+    /// Forks that this thread is in the middle of.
+    static FORKS: Cell<u32> = const { Cell::new(0) };
 }
 
 /// How long a fork waits for another one, and then for what arrives. Both take microseconds, if their threads run.
@@ -157,15 +158,15 @@ fn take_turn(waits: bool) -> bool {
 /// The calling thread is about to fork.
 pub(crate) fn before_fork() {
     // A fork inside a handler of a fork has its turn already.
-    if !FORKS.get() {
+    if FORKS.get() == 0 {
         // Where no descriptor is kept and none arrives, a child cannot get another's.
         let mut waits = any_kept() || ARRIVING.load(Ordering::SeqCst) > 0;
         let mut begun = None;
         while !take_turn(waits) {
             waits = wait(&mut begun);
         }
-        FORKS.set(true);
     }
+    FORKS.set(FORKS.get() + 1);
     // Whatever the forks before this one brought was read before they returned.
     let mut begun = None;
     while ARRIVING.load(Ordering::SeqCst) > 0 && wait(&mut begun) {}
@@ -180,7 +181,10 @@ fn wait(begun: &mut Option<Instant>) -> bool {
 
 /// The calling thread has forked, or could not.
 pub(crate) fn after_fork() {
-    if !FORKS.replace(false) {
+    // Not where usvm came between the first handlers and these; nor inside a handler of another fork.
+    let forks = FORKS.get();
+    FORKS.set(forks.saturating_sub(1));
+    if forks != 1 {
         return;
     }
     let mut gate = gate();
@@ -243,7 +247,7 @@ pub(crate) unsafe fn close_all_in_child() {
 /// For the only thread of a child right after fork.
 pub(crate) unsafe fn forget_forks() {
     ARRIVING.store(0, Ordering::SeqCst);
-    FORKS.set(false);
+    FORKS.set(0);
     // SAFETY: no other thread exists, and this one does not hold the lock. What is in there is closed, and not dropped.
     unsafe {
         std::ptr::write((&raw const GATE).cast_mut(), Mutex::new(Gate { forking: 0, late: Vec::new() }))

@@ -672,13 +672,19 @@ fn with_current(f: impl FnOnce(&Inner)) {
 thread_local! {
     /// The runtime that this thread, which forks, has frozen. Several may: since glibc 2.36 handlers of two forks can overlap.
     static FROZEN: Cell<*const Inner> = const { Cell::new(ptr::null()) };
+    /// Forks that this thread is in the middle of: a handler of one may do another.
+    static FORKS: Cell<u32> = const { Cell::new(0) };
 }
 
 /// How long a frozen runtime waits for running work.
 const LAST_PATIENCE: Duration = Duration::from_millis(100);
 
 fn before_fork() {
+    let nested = FORKS.replace(FORKS.get() + 1) > 0;
     with_current(|inner| {
+        if nested && ptr::eq(FROZEN.get(), inner) {
+            return;
+        }
         if inner.is_running() && inner.is_ours() && !alloc::is_service_thread() {
             FROZEN.set(inner);
             let svm = inner.svm.clone();
@@ -704,6 +710,10 @@ fn before_fork() {
 
 fn after_fork() {
     fds::after_fork();
+    FORKS.set(FORKS.get().saturating_sub(1));
+    if FORKS.get() > 0 {
+        return;
+    }
     with_current(|inner| {
         // One that another thread has started since was not frozen.
         let frozen = FROZEN.replace(ptr::null());
@@ -719,6 +729,7 @@ fn after_fork() {
 }
 
 fn in_child() {
+    FORKS.set(0);
     if forget_the_parents() {
         alloc::become_application_thread();
     }

@@ -2,7 +2,7 @@
 //!
 //! # Overview
 //! The thread that forks takes the interface's locks before and gives them back after, so that a child never inherits one
-//! that some other thread holds. The child forgets the parent's handles and its runtime.
+//! that some other thread holds. A fork inside a handler of a fork finds them taken by its own thread. The child forgets the parent's handles and its runtime.
 //!
 //! # Locking
 //! The process's runtime first, then the tables. So does the end of the process; nobody else holds both.
@@ -12,7 +12,7 @@
 //! the guards is only touched by the one thread that holds the locks.
 #![allow(unsafe_code)]
 
-use std::cell::UnsafeCell;
+use std::cell::{Cell, UnsafeCell};
 use std::sync::MutexGuard;
 
 use usvm::ground::atfork;
@@ -29,13 +29,26 @@ unsafe impl Sync for Held {}
 static HELD: Held = Held(UnsafeCell::new(None));
 static INSTALLED: Once = Once::new();
 
+thread_local! {
+    /// Forks that this thread is in the middle of: a handler of one may do another, with the locks in hand.
+    static FORKS: Cell<u32> = const { Cell::new(0) };
+}
+
 extern "C" fn prepare() {
+    if FORKS.replace(FORKS.get() + 1) > 0 {
+        return;
+    }
     let guards = (process::hold(), handles::lock());
     // SAFETY: this thread holds both locks now.
     unsafe { *HELD.0.get() = Some(guards) };
 }
 
 extern "C" fn parent() {
+    let forks = FORKS.get();
+    FORKS.set(forks.saturating_sub(1));
+    if forks != 1 {
+        return;
+    }
     // SAFETY: this thread took both locks in `prepare`.
     drop(unsafe { (*HELD.0.get()).take() });
 }
@@ -43,6 +56,7 @@ extern "C" fn parent() {
 extern "C" fn child() {
     // Also where another thread was about to note it.
     INSTALLED.done();
+    FORKS.set(0);
     // SAFETY: the only thread of the child is the one that took both locks in `prepare`.
     if let Some((mut process, mut tables)) = unsafe { (*HELD.0.get()).take() } {
         process.forget();
