@@ -24,7 +24,7 @@ use crate::ground::error::{Error, Result};
 use crate::ground::sync::{Event, Fence};
 use crate::space::mover::Range;
 use crate::space::ports::{Device, DeviceInfo};
-use crate::space::svm::{PIN_PATIENCE, Svm, Want};
+use crate::space::svm::{PIN_PATIENCE, ROOM, Svm, Want};
 
 use super::{Access, Inner, Runtime};
 
@@ -130,8 +130,7 @@ impl Beginning {
                 let _ = owner.control.submit(move || self.go_on(&again));
                 return Ok(());
             }
-            Err(Error::Again { what: "waiting for device memory", .. }) => Err(self.too_much(owner)),
-            Err(e) => Err(e),
+            Err(e) => Err(too_much(e, svm, self.device, &self.accesses)),
         };
         self.begun.0.signal(outcome);
         Ok(())
@@ -140,15 +139,17 @@ impl Beginning {
     fn is_ended(&self) -> bool {
         matches!(*self.state.lock().unwrap_or_else(PoisonError::into_inner), State::Ended)
     }
+}
 
-    fn too_much(&self, owner: &Inner) -> Error {
-        let device = &owner.devices[self.device as usize];
-        let capacity = device.info().vram_bytes;
-        Error::OutOfDeviceMemory {
-            needed: working_set(&self.accesses),
-            capacity,
-            busy: capacity - device.vram_free_bytes(),
-        }
+/// Who gave up waiting for device memory is told how much there is.
+fn too_much(error: Error, svm: &Svm, device: u32, accesses: &[Access]) -> Error {
+    let Error::Again { what: ROOM, .. } = error else { return error };
+    let device = svm.mover.device(device);
+    let capacity = device.info().vram_bytes;
+    Error::OutOfDeviceMemory {
+        needed: working_set(accesses),
+        capacity,
+        busy: capacity - device.vram_free_bytes(),
     }
 }
 
@@ -182,15 +183,18 @@ fn working_set(accesses: &[Access]) -> u64 {
         .sum()
 }
 
-/// Holds all of `accesses` on the device, each as `want` says, or none of them.
-pub(super) fn hold(
+/// Holds all of `accesses` on the device, each as `want` says, or none of them. In the order of their addresses: two that
+/// want the same do not each begin with what the other ends with.
+fn hold(
     svm: &Svm,
     device: u32,
     accesses: &[Access],
     want: impl Fn(&Access) -> Want,
 ) -> Result<Vec<Arc<Range>>> {
+    let mut ascending: Vec<&Access> = accesses.iter().collect();
+    ascending.sort_by_key(|a| a.addr);
     let mut held = Vec::new();
-    for a in accesses {
+    for a in ascending {
         match svm.gpu_access_holding(device, a.addr, a.len, want(a), &held) {
             Ok(more) => held.extend(more),
             Err(e) => {
@@ -200,4 +204,16 @@ pub(super) fn hold(
         }
     }
     Ok(held)
+}
+
+/// Holds all of `accesses` for a launch on `device`. As a bracket, it waits for what others hold with nothing in its
+/// own hands: two launches could wait for each other, or the thread that is to end a bracket for what the launch holds.
+pub(super) fn hold_for_launch(svm: &Svm, device: u32, accesses: &[Access]) -> Result<Vec<Arc<Range>>> {
+    let deadline = Instant::now() + PIN_PATIENCE;
+    loop {
+        match hold(svm, device, accesses, |a| Want { wait: false, ..Want::launch(a.access) }) {
+            Err(Error::Again { .. }) if Instant::now() < deadline => svm.wait_for_memory(),
+            other => return other.map_err(|e| too_much(e, svm, device, accesses)),
+        }
+    }
 }

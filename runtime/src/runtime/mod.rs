@@ -69,7 +69,7 @@ use crate::space::svm::{PIN_PATIENCE, Svm, Want};
 use crate::space::timeslice::Rule;
 use crate::space::{Space, SpaceConfig};
 use crate::vram::copy::Copier;
-use bracket::{check_working_set, hold};
+use bracket::{check_working_set, hold_for_launch};
 use control::Control;
 use memory::Asked;
 
@@ -838,7 +838,7 @@ impl Runtime {
                 let started = Instant::now();
                 // What munmap and its like took away before this launch must be gone from the device's tables.
                 svm.barrier();
-                let held = hold(&svm, device, &accesses, |a| Want::launch(a.access))?;
+                let held = hold_for_launch(&svm, device, &accesses)?;
                 // Also when the kernel panics.
                 let held = ReleaseOnDrop(&svm, held);
                 let result = kernel(gpu);

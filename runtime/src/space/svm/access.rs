@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::{BUSY_TRIES, GONE_TRIES, PIN_PATIENCE, Svm, TRIES, Want, back_off};
+use super::{BUSY_TRIES, GONE_TRIES, PIN_PATIENCE, ROOM, Svm, TRIES, Want, back_off};
 use crate::ground::addr::{PageMask, SZ_4K, Span};
 use crate::ground::error::{Error, Result};
 use crate::observe::stats::Cause;
@@ -167,7 +167,7 @@ impl Svm {
                         return Err(Error::OutOfDeviceMemory { needed, capacity, busy });
                     }
                     if !want.wait {
-                        return Err(Error::Again { what: "waiting for device memory", tries: attempt });
+                        return Err(Error::Again { what: ROOM, tries: attempt });
                     }
                     self.mover.released().wait(seen, Duration::from_millis(2));
                     // Bounded by time, not by number.

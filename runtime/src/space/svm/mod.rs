@@ -49,6 +49,9 @@ const DROPPING: Duration = Duration::from_millis(10);
 /// How long an access waits for device memory that running work holds.
 pub const PIN_PATIENCE: Duration = Duration::from_secs(10);
 
+/// What an access waits for that found device memory full of what others hold.
+pub const ROOM: &str = "waiting for device memory";
+
 /// How a device access is asked for.
 #[derive(Debug, Clone, Copy)]
 pub struct Want {
