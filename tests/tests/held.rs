@@ -70,3 +70,26 @@ fn a_launch_that_waits_holds_nothing() {
     a.check(3);
     b.check(3);
 }
+
+/// Device memory is full of what cannot go: the rest is used over the link.
+#[test]
+fn a_fault_that_finds_no_room_goes_over_the_link() {
+    let _alone = alone("no room", 60);
+    let runtime = runtime(policy("gpusvm"), &[2 * M2]);
+    let (held, other) = (Mem::filled(2 * M2, 1), Mem::filled(2 * M2, 1));
+    let (at, len) = (other.at, other.len);
+    for seed in 2..4 {
+        // Of the launch's own.
+        let pass = move |gpu: &mut Gpu<'_>| gpu_fill(gpu, at, len, 0, seed);
+        runtime.launch_with(0, &[writes(held.at, held.len)], pass).wait(None).unwrap();
+        other.check(seed);
+    }
+    // Of somebody else's, who does not end before this does.
+    let bracket = runtime.begin_access(0, &[writes(held.at, held.len)]).unwrap();
+    on_gpu(&runtime, move |gpu| gpu_fill(gpu, at, len, 0, 4)).unwrap();
+    runtime.end_access(bracket).unwrap();
+    other.check(4);
+    held.check(1);
+    to_device(&runtime, &other, 5);
+    other.check(5);
+}

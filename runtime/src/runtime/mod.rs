@@ -39,7 +39,7 @@ mod protect;
 mod publish;
 mod watchdog;
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicU8, Ordering};
@@ -433,7 +433,9 @@ const MOST_DEVICES: usize = 16;
 
 thread_local! {
     /// The range that the current engine thread's last fault pinned.
-    static FAULT_PINS: std::cell::RefCell<Vec<Arc<Range>>> = const { std::cell::RefCell::new(Vec::new()) };
+    static FAULT_PINS: RefCell<Vec<Arc<Range>>> = const { RefCell::new(Vec::new()) };
+    /// What the launch that runs on the current engine thread holds until its end.
+    static LAUNCH_PINS: RefCell<Vec<Arc<Range>>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Serves one device's faults. Holds the SVM weakly: the SVM holds the device.
@@ -447,7 +449,10 @@ impl FaultSink for Sink {
         // A thread that waits for memory must hold none: two engines could wait for each other.
         self.fault_done();
         let svm = self.svm.upgrade().ok_or(Error::NotRunning("it was shut down"))?;
-        let pinned = svm.gpu_access(self.device, addr, 1, Want::fault(access))?;
+        // What its launch holds it does wait with, but not for.
+        let want = Want::fault(access);
+        let pinned =
+            LAUNCH_PINS.with_borrow(|held| svm.gpu_access_holding(self.device, addr, 1, want, held))?;
         FAULT_PINS.set(pinned);
         Ok(())
     }
@@ -630,12 +635,19 @@ impl Inner {
     }
 }
 
-/// What a launch holds.
-struct ReleaseOnDrop<'a>(&'a Svm, Vec<Arc<Range>>);
+/// The engine thread's launch holds memory while this lives.
+struct Holding<'a>(&'a Svm);
 
-impl Drop for ReleaseOnDrop<'_> {
+impl<'a> Holding<'a> {
+    fn new(svm: &'a Svm, held: Vec<Arc<Range>>) -> Self {
+        LAUNCH_PINS.set(held);
+        Self(svm)
+    }
+}
+
+impl Drop for Holding<'_> {
     fn drop(&mut self) {
-        self.0.release(&self.1);
+        self.0.release(&LAUNCH_PINS.take());
     }
 }
 
@@ -840,7 +852,7 @@ impl Runtime {
                 svm.barrier();
                 let held = hold_for_launch(&svm, device, &accesses)?;
                 // Also when the kernel panics.
-                let held = ReleaseOnDrop(&svm, held);
+                let held = Holding::new(&svm, held);
                 let result = kernel(gpu);
                 drop(held);
                 observer.launched(device, started);

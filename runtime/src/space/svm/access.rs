@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::{BUSY_TRIES, GONE_TRIES, PIN_PATIENCE, ROOM, Svm, TRIES, Want, back_off};
+use super::{BUSY_TRIES, FAULT_PATIENCE, GONE_TRIES, PIN_PATIENCE, ROOM, Svm, TRIES, Want, back_off};
 use crate::ground::addr::{PageMask, SZ_4K, Span};
 use crate::ground::error::{Error, Result};
 use crate::observe::stats::Cause;
@@ -85,7 +85,7 @@ impl Svm {
     ) -> Result<Arc<Range>> {
         let started = Instant::now();
         let (mut busy, mut gone) = (0, 0);
-        let mut remote = false;
+        let (mut remote, mut crowded) = (false, false);
         let (mut full_since, mut held_since) = (None, None::<Instant>);
         let mut attempt = 0;
         while attempt < TRIES {
@@ -103,6 +103,10 @@ impl Svm {
                 self.collect_garbage().and_then(|()| self.try_gpu_access(device, addr, want, remote, own));
             let error = match result {
                 Ok(Some(range)) => {
+                    if crowded {
+                        // There may be room again some time.
+                        self.mover.wait_more(&range, Instant::now());
+                    }
                     if want.cause == Cause::GpuAccess {
                         self.mover.observer.gpu_fault(device, addr, range.span().len(), started);
                     }
@@ -155,11 +159,19 @@ impl Svm {
                 }
                 Error::OutOfDeviceMemory { needed, capacity, busy } => {
                     let since = *full_since.get_or_insert_with(Instant::now);
-                    if since.elapsed() > PIN_PATIENCE || !self.others_hold_memory(device, own, seen) {
+                    let is_fault = !want.bracketed && want.force.is_none();
+                    let elsewhere =
+                        is_fault && may_be_remote(want, self.mover.device(device).info().system_atomics);
+                    let patience = if elsewhere { FAULT_PATIENCE } else { PIN_PATIENCE };
+                    if since.elapsed() > patience || !self.others_hold_memory(device, own, seen) {
                         if let Some(smaller) = self.fits_in_pieces(device, needed) {
                             self.recut(Span::around(addr, needed));
                             want.chunk = Some(smaller);
                             full_since = None;
+                            continue;
+                        }
+                        if elsewhere {
+                            (remote, crowded) = (true, true);
                             continue;
                         }
                         let needed =

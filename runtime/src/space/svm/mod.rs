@@ -49,6 +49,9 @@ const DROPPING: Duration = Duration::from_millis(10);
 /// How long an access waits for device memory that running work holds.
 pub const PIN_PATIENCE: Duration = Duration::from_secs(10);
 
+/// How long a fault waits for such memory that can be served over the link as well.
+const FAULT_PATIENCE: Duration = Duration::from_millis(500);
+
 /// What an access waits for that found device memory full of what others hold.
 pub const ROOM: &str = "waiting for device memory";
 
