@@ -93,3 +93,19 @@ fn a_fault_that_finds_no_room_goes_over_the_link() {
     to_device(&runtime, &other, 5);
     other.check(5);
 }
+
+/// Readers on two devices take no right from who writes.
+#[test]
+fn a_reader_elsewhere_takes_nothing_from_who_writes() {
+    let _alone = alone("reader elsewhere", 60);
+    let runtime = without_faults(&[M2, M2]);
+    let mem = Mem::shared(M2);
+    mem.fill(1);
+    let (at, len) = (mem.at, mem.len);
+    let begin = |device, access| runtime.begin_access(device, &[access]).unwrap();
+    let brackets = [begin(0, writes(at, len)), begin(1, reads(at, len)), begin(0, reads(at, len))];
+    runtime.launch(0, move |gpu| gpu_fill(gpu, at, len, 0, 2)).wait(None).unwrap();
+    runtime.launch(1, move |gpu| gpu_check(gpu, at, len, 0, 2)).wait(None).unwrap();
+    brackets.into_iter().for_each(|bracket| runtime.end_access(bracket).unwrap());
+    mem.check(2);
+}

@@ -229,7 +229,9 @@ impl Mover {
         self.device(device).bind(span, backing, access)?;
         state.bound |= bit;
         let mut flags = RangeFlags::empty();
-        if access.writes() {
+        // The flag is all devices': another's right to write goes on.
+        let others_write = state.bound != bit && range.flags().contains(RangeFlags::WRITABLE);
+        if access.writes() || others_write && range.data.is_pinned() {
             flags |= RangeFlags::WRITABLE;
         }
         if matches!(backing, Backing::Vram(_)) {
