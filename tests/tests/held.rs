@@ -1,9 +1,11 @@
 //! Memory that work holds, and who else wants it meanwhile.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use usvm::device::sim::Gpu;
-use usvm::{Builder, Config, Runtime};
+use usvm::{Access, Builder, Config, Error, Fence, Runtime};
 use usvm_tests::support::*;
 
 #[global_allocator]
@@ -17,6 +19,42 @@ fn without_faults(vram: &[u64]) -> Runtime {
 fn without_faults_by(config: Config, vram: &[u64]) -> Runtime {
     let builder = Builder::new(config);
     vram.iter().fold(builder, |b, &bytes| b.device(device(bytes, false))).start().unwrap()
+}
+
+/// A launch that holds what it announced until it is told to go on.
+struct Work {
+    go: Arc<AtomicBool>,
+    fence: Fence,
+}
+
+impl Work {
+    /// Returns when its kernel runs, which then waits.
+    fn begin(
+        runtime: &Runtime,
+        device: u32,
+        accesses: &[Access],
+        then: impl FnOnce(&mut Gpu<'_>) -> usvm::Result<()> + Send + 'static,
+    ) -> Self {
+        let (begun, go) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let (begins, goes) = (begun.clone(), go.clone());
+        let fence = runtime.launch_with(device, accesses, move |gpu| {
+            begins.store(true, Relaxed);
+            while !goes.load(Relaxed) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            then(gpu)
+        });
+        while !begun.load(Relaxed) {
+            assert!(!fence.is_signaled(), "{:?}", fence.status());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Self { go, fence }
+    }
+
+    fn end(self) -> usvm::Result<()> {
+        self.go.store(true, Relaxed);
+        self.fence.wait(None).map(|_| ())
+    }
 }
 
 /// Adds one to the first word of each.
@@ -92,6 +130,76 @@ fn a_fault_that_finds_no_room_goes_over_the_link() {
     held.check(1);
     to_device(&runtime, &other, 5);
     other.check(5);
+}
+
+fn protect(runtime: &Runtime, at: u64, len: u64, rights: i32) {
+    // SAFETY: the test's own memory; an access that it forbids is the device's, which is told.
+    assert_eq!(unsafe { libc::mprotect(at as *mut libc::c_void, len as usize, rights) }, 0);
+    runtime.protection_changed(at, len).unwrap();
+}
+
+#[test]
+fn rights_that_are_enough_are_not_taken_from_work() {
+    let _alone = alone("rights", 60);
+    const BOTH: i32 = libc::PROT_READ | libc::PROT_WRITE;
+    let runtime = without_faults(&[4 * M2]);
+    let mem = Mem::filled(M2, 1);
+    let (at, len) = (mem.at, mem.len);
+    let work = Work::begin(&runtime, 0, &[writes(at, len)], move |gpu| gpu_fill(gpu, at, len, 0, 2));
+    protect(&runtime, at, len, BOTH);
+    protect(&runtime, at + K64, K64, BOTH);
+    work.end().unwrap();
+    mem.check(2);
+    let work = Work::begin(&runtime, 0, &[reads(at, len)], move |gpu| gpu_check(gpu, at, len, 0, 2));
+    protect(&runtime, at, len, libc::PROT_READ);
+    work.end().unwrap();
+    protect(&runtime, at, len, BOTH);
+    let work = Work::begin(&runtime, 0, &[writes(at, len)], move |gpu| gpu.store_u64(at, 0));
+    protect(&runtime, at, len, libc::PROT_READ);
+    assert!(matches!(work.end(), Err(Error::DeviceFault { .. })), "it wrote to what it may only read");
+    protect(&runtime, at, len, BOTH);
+    mem.check(2);
+}
+
+#[test]
+fn memory_that_is_to_stay_home_is_waited_for() {
+    // What stays home does so for the life of the process, whatever is mapped there later.
+    if !is_child("memory_that_is_to_stay_home_is_waited_for") {
+        return;
+    }
+    let runtime = without_faults(&[4 * M2]);
+    let mem = Mem::filled(M2, 1);
+    let (at, len) = (mem.at, mem.len);
+    let work = Work::begin(&runtime, 0, &[writes(at, len)], move |gpu| gpu_fill(gpu, at, len, 0, 2));
+    std::thread::scope(|scope| {
+        let kept = scope.spawn(|| runtime.keep_home(at + len - K4, K4));
+        std::thread::sleep(Duration::from_millis(100));
+        work.end().unwrap();
+        kept.join().unwrap().unwrap();
+    });
+    assert_eq!(runtime.residence(at, len).unwrap().device, 0);
+    mem.check(2);
+}
+
+/// A range that mprotect divided is cut anew when the work that holds it has ended.
+#[test]
+fn a_range_that_is_held_is_not_cut_anew() {
+    let _alone = alone("not cut anew", 60);
+    let runtime = without_faults(&[4 * M2, 4 * M2]);
+    let mem = Mem::filled(M2, 1);
+    let (at, len) = (mem.at, mem.len);
+    protect(&runtime, at, len, libc::PROT_READ);
+    let work = Work::begin(&runtime, 0, &[reads(at, len)], move |gpu| gpu_check(gpu, at, len, 0, 1));
+    // Rights that are given need not be told.
+    // SAFETY: the test's own memory, half of it as it was.
+    let given = unsafe { libc::mprotect(mem.ptr(0), len as usize / 2, libc::PROT_READ | libc::PROT_WRITE) };
+    assert_eq!(given, 0);
+    let writer = runtime.launch_with(1, &[writes(at, K4)], move |gpu| gpu_fill(gpu, at, K4, 0, 2));
+    std::thread::sleep(Duration::from_millis(50));
+    work.end().unwrap();
+    writer.wait(None).unwrap();
+    mem.check_words(0, K4, |i| value(2, i));
+    mem.check_words(K4, len - K4, |i| value(1, i));
 }
 
 /// Readers on two devices take no right from who writes.

@@ -189,7 +189,7 @@ impl Prey {
             _ => SZ_2M,
         };
         let shared = self.dice.below(16) == 0 && svm.mover.shares();
-        let want = Want { chunk: Some(chunk), ..Want::prefetch() };
+        let want = Want { chunk: Some(chunk), wait: false, ..Want::prefetch() };
         let want = match shared {
             true => Want {
                 access: GpuAccess::Read,
@@ -209,22 +209,22 @@ impl Prey {
         Some(if shared { Kind::Share } else { Kind::Send })
     }
 
-    /// Disturbs a range that a device has or had.
+    /// Disturbs a range that a device has or had. What work holds stays as it is, and its end is not waited for.
     fn disturb_range(&mut self, svm: &Svm, range: &std::sync::Arc<Range>, kind: Kind) -> bool {
         let span = range.span();
-        match kind {
-            Kind::Return => return svm.bring_home(span, Cause::User).is_ok(),
-            Kind::Split => {
-                svm.recut(span);
-                return true;
-            }
-            _ => {}
-        }
         let Some(mut state) = range.data.try_lock() else { return false };
         if range.data.is_pinned() {
             return false;
         }
         match kind {
+            Kind::Return => {
+                drop(state);
+                svm.bring_home(span, Cause::User).is_ok()
+            }
+            Kind::Split => {
+                svm.recut(span);
+                true
+            }
             Kind::Release => svm.mover.release_retained(range, &mut state) > 0,
             Kind::Evict => {
                 let there = state.moved.as_ref().is_some_and(|moved| moved.bo.is_some());
@@ -325,6 +325,37 @@ mod tests {
         }
         svm.close().unwrap();
         assert!(data.iter().all(|byte| *byte == 7));
+    }
+
+    /// What work holds on a device that cannot fault is in its hands until it ends, and nobody waits for that.
+    #[test]
+    fn what_is_held_is_not_disturbed() {
+        let data = vec![7u8; 2 * SZ_2M as usize];
+        let there = Span::sized((data.as_ptr() as u64).next_multiple_of(SZ_2M), SZ_64K);
+        let options = Options { forbid: Features::EVENT_FORK, prepared: 0, ..Options::default() };
+        let host = Arc::new(Host::open(&options).unwrap());
+        let config = SimConfig { recoverable_faults: false, ..SimConfig::of(Profile::GENERIC, SZ_64K) };
+        let device = SimDevice::new(config).unwrap();
+        let policy = policy::by_name("gpusvm").unwrap();
+        let mover = Mover::new(host.clone(), vec![device.clone()], policy, Arc::new(Observer::new()));
+        let svm = Svm::new(Space::new(SpaceConfig::default()).unwrap(), mover, SZ_64K);
+        let want = Want { chunk: Some(SZ_64K), ..Want::launch(GpuAccess::Write) };
+        let held = svm.gpu_access(0, there.start, there.len(), want).unwrap();
+        let mut prey = Prey::new(3);
+        for (kind, name) in Kind::ALL {
+            if !matches!(kind, Kind::Send | Kind::Share) {
+                assert!(!prey.disturb_range(&svm, &held[0], kind), "{name}");
+            }
+            let at = there.start;
+            let used = device.launch(move |gpu| gpu.store_u64(at, 8)).wait(None);
+            assert_eq!(used, Ok(true), "after {name}");
+        }
+        // All of the device's memory is held.
+        (prey.spans, prey.bytes) = (vec![Span::sized(there.end, SZ_64K)], SZ_64K);
+        assert_eq!(prey.send(&host, &svm, 1), None);
+        svm.release(&held);
+        svm.close().unwrap();
+        assert_eq!(data[(there.start - data.as_ptr() as u64) as usize], 8);
     }
 
     #[test]

@@ -85,6 +85,9 @@ const LONGEST_STAY: u32 = 64;
 /// How long the start waits for threads that do not begin.
 const LONGEST_START: Duration = Duration::from_secs(2);
 
+/// What memory that is to be kept at home waits for.
+const HELD_FIRMLY: &str = "waiting for work on a device that cannot fault";
+
 /// How long the end waits for events that nobody takes.
 const LONGEST_END: Duration = Duration::from_secs(5);
 
@@ -546,9 +549,13 @@ impl Inner {
         self.finish(CLOSED);
     }
 
-    fn keep_home(&self, span: Span) -> Result<()> {
+    /// `patient`: who has it on a device that cannot fault is waited for.
+    fn keep_home(&self, span: Span, patient: bool) -> Result<()> {
         if exempt::is_exempt(span) {
             return Ok(());
+        }
+        if patient && self.svm.is_held_firmly(span) {
+            return Err(Error::Again { what: HELD_FIRMLY, tries: 1 });
         }
         // No access is under way between the two, and a later one sees that the memory is exempt.
         self.svm.freeze();
@@ -866,8 +873,16 @@ impl Runtime {
     pub fn keep_home(&self, addr: u64, len: u64) -> Result<()> {
         let (inner, span) = (self.inner().clone(), Span::sized(addr, len).page_aligned());
         inner.check()?;
-        let owner = inner.clone();
-        inner.control.now(move || owner.keep_home(span))
+        let until = Instant::now() + PIN_PATIENCE;
+        loop {
+            let owner = inner.clone();
+            let patient = Instant::now() < until;
+            match inner.control.now(move || owner.keep_home(span, patient)) {
+                // Waited for here: others have urgent requests, too.
+                Err(Error::Again { what: HELD_FIRMLY, .. }) => std::thread::sleep(Duration::from_millis(1)),
+                other => return other,
+            }
+        }
     }
 
     /// Prints and writes the statistics now, as the end of the runtime does, if the configuration asks for them.

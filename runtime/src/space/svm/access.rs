@@ -325,6 +325,9 @@ impl Svm {
         if !to_migrate || flipped < range.span().pages() {
             let vma = self.granted(want.access, addr)?;
             if !self.granted_throughout(want.access, range.span(), vma) {
+                if range.data.is_pinned() && self.is_firm(&state) {
+                    return Err(Error::Again { what: HELD, tries: 1 });
+                }
                 drop(state);
                 self.recut(range.span());
                 return Ok(None);
@@ -354,8 +357,7 @@ impl Svm {
     ) -> Result<Placement> {
         let held = || Error::Again { what: HELD, tries: 1 };
         let Some(m) = state.moved.as_ref().filter(|m| m.shared || !state.is_home()) else {
-            let mut bound = (0..self.mover.places.len() as u32).filter(|d| state.bound >> d & 1 == 1);
-            if !state.left && bound.all(|d| self.mover.device(d).info().recoverable_faults) {
+            if !state.left && !self.is_firm(state) {
                 return Ok(placement);
             }
             let atomics = self.mover.device(device).info().system_atomics;
@@ -373,15 +375,27 @@ impl Svm {
         }
     }
 
+    /// Whether a device that cannot fault has it mapped: while work holds it, that must stay so.
+    pub(super) fn is_firm(&self, state: &State) -> bool {
+        let mut bound = (0..self.mover.places.len() as u32).filter(|d| state.bound >> d & 1 == 1);
+        bound.any(|d| !self.mover.device(d).info().recoverable_faults)
+    }
+
+    /// Whether work holds some of `span` on a device that cannot fault.
+    pub fn is_held_firmly(&self, span: Span) -> bool {
+        let holds = |range: &Arc<Range>| range.data.is_pinned() && self.is_firm(&range.data.lock());
+        self.space.ranges_in(span).iter().any(holds)
+    }
+
     /// The mapping at `addr`, if it allows the access: read-only mappings are never bound writable.
-    fn granted(&self, access: GpuAccess, addr: u64) -> Result<Vma> {
+    pub(super) fn granted(&self, access: GpuAccess, addr: u64) -> Result<Vma> {
         let vma = self.mover.host.find_vma(addr)?.ok_or(Error::NoVma { addr })?;
         allows(&vma, access, addr).map(|()| vma)
     }
 
     /// Whether all mappings of `span` allow the access, as `known` does: a range is bound as a whole, and mprotect may have
     /// divided it. A gap is the unmapping event's business.
-    fn granted_throughout(&self, access: GpuAccess, span: Span, known: Vma) -> bool {
+    pub(super) fn granted_throughout(&self, access: GpuAccess, span: Span, known: Vma) -> bool {
         let mut at = if known.span.start <= span.start { known.span.end } else { span.start };
         while at < span.end {
             match self.mover.host.find_vma(at) {

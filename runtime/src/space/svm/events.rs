@@ -13,6 +13,8 @@ use crate::ground::error::{Error, Result};
 use crate::observe::stats::Cause;
 use crate::observe::watch::Change;
 use crate::space::mover::{Landing, Range};
+use crate::space::notifier::RangeFlags;
+use crate::space::ports::GpuAccess;
 use crate::space::residency::State;
 use crate::space::{Event, EventKind};
 
@@ -38,10 +40,34 @@ impl Svm {
         }
     }
 
-    /// mprotect took rights away from `span`, and nothing else tells: the device's mappings of it are gone when this
-    /// returns. The next access asks for the protection anew.
+    /// mprotect changed the rights to `span`, and nothing else tells: the device's mappings of it are gone when this
+    /// returns. The next access asks for the protection anew. A device that cannot fault keeps what work holds there, as far
+    /// as the rights are enough.
     pub fn protected(&self, span: Span) {
-        self.invalidate(EventKind::ProtVma, span);
+        let mut at = span.start;
+        for range in self.space.ranges_in(span) {
+            if range.data.is_pinned() && self.is_still_granted(&range) {
+                let kept = range.span();
+                if at < kept.start {
+                    self.invalidate(EventKind::ProtVma, Span::new(at, kept.start));
+                }
+                at = kept.end;
+            }
+        }
+        if at < span.end {
+            self.invalidate(EventKind::ProtVma, Span::new(at, span.end));
+        }
+    }
+
+    /// Whether a device that cannot fault has the range, with no more rights than its mappings give. While its state is locked
+    /// nobody is between asking for the rights and using them.
+    fn is_still_granted(&self, range: &Range) -> bool {
+        let Some(state) = range.data.try_lock() else { return false };
+        let writes = range.flags().contains(RangeFlags::WRITABLE);
+        let access = if writes { GpuAccess::Write } else { GpuAccess::Read };
+        let span = range.span();
+        self.is_firm(&state)
+            && self.granted(access, span.start).is_ok_and(|vma| self.granted_throughout(access, span, vma))
     }
 
     /// Destroys ranges whose mappings went away, as the kernel does before each device access.
