@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use usvm::device::sim::Gpu;
-use usvm::{Access, Builder, Config, Error, Fence, Runtime};
+use usvm::{Access, Builder, Config, Error, Fence, Hint, Runtime};
 use usvm_tests::support::*;
 
 #[global_allocator]
@@ -130,6 +130,39 @@ fn a_fault_that_finds_no_room_goes_over_the_link() {
     held.check(1);
     to_device(&runtime, &other, 5);
     other.check(5);
+}
+
+/// A copy for reading takes nothing from others who read.
+#[test]
+fn two_devices_that_cannot_fault_read_the_same() {
+    let _alone = alone("read the same", 60);
+    let runtime = without_faults_by(Config::default(), &[4 * M2, 4 * M2]);
+    let mem = Mem::filled(M2, 1);
+    let (at, len) = (mem.at, mem.len);
+    runtime.advise(at, len, Hint::ReadMostly(true)).unwrap();
+    for seed in 1..5 {
+        mem.fill(seed);
+        let begin = |device| runtime.begin_access(device, &[reads(at, len)]).unwrap();
+        let order = if seed % 2 == 0 { [0, 1] } else { [1, 0] };
+        let brackets = order.map(begin);
+        assert_eq!(runtime.residence(at, len).unwrap().shared, len);
+        for device in order {
+            runtime.launch(device, move |gpu| gpu_check(gpu, at, len, 0, seed)).wait(None).unwrap();
+        }
+        let [first, second] = brackets;
+        runtime.end_access(first).unwrap();
+        let last = order[1];
+        runtime.launch(last, move |gpu| gpu_check(gpu, at, len, 0, seed)).wait(None).unwrap();
+        runtime.end_access(second).unwrap();
+    }
+    // Who writes waits for the readers.
+    let work = Work::begin(&runtime, 0, &[reads(at, len)], move |gpu| gpu_check(gpu, at, len, 0, 4));
+    let writer = runtime.launch_with(1, &[writes(at, len)], move |gpu| gpu_fill(gpu, at, len, 0, 5));
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(!writer.is_signaled(), "{:?}", writer.status());
+    work.end().unwrap();
+    writer.wait(None).unwrap();
+    mem.check(5);
 }
 
 fn protect(runtime: &Runtime, at: u64, len: u64, rights: i32) {

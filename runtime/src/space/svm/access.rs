@@ -364,6 +364,10 @@ impl Svm {
             let remote = placement == Placement::Remote || may_be_remote(want, atomics);
             return remote.then_some(Placement::Remote).ok_or_else(held);
         };
+        if self.is_firm_copy(state, device) && !want.access.writes() {
+            // Who only reads can do so where the copy was made from.
+            return Ok(Placement::Remote);
+        }
         let stays = match m.shared {
             true => m.device == device && placement == Placement::Share,
             false => m.device == device && m.vram.count() == range.span().pages(),
@@ -379,6 +383,12 @@ impl Svm {
     pub(super) fn is_firm(&self, state: &State) -> bool {
         let mut bound = (0..self.mover.places.len() as u32).filter(|d| state.bound >> d & 1 == 1);
         bound.any(|d| !self.mover.device(d).info().recoverable_faults)
+    }
+
+    /// Whether another device than `device`, which cannot fault, has a copy for reading.
+    fn is_firm_copy(&self, state: &State, device: u32) -> bool {
+        let cannot_fault = |device| !self.mover.device(device).info().recoverable_faults;
+        state.moved.as_ref().is_some_and(|m| m.shared && m.device != device && cannot_fault(m.device))
     }
 
     /// Whether work holds some of `span` on a device that cannot fault.
@@ -439,6 +449,10 @@ impl Svm {
             m.device == device && m.strayed.is_empty() && m.vram.count() == range.span().pages()
         });
         if whole && (!want.leaves(range.span()) || range.data.is_pinned()) {
+            return Ok(());
+        }
+        // The copy is as good as before while this device only reads.
+        if self.is_firm_copy(state, device) && range.data.is_pinned() && !want.access.writes() {
             return Ok(());
         }
         self.mover.unshare_copy(range, state);
