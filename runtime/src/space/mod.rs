@@ -67,6 +67,8 @@ mod fake;
 #[cfg(test)]
 mod held_tests;
 #[cfg(test)]
+mod homeward_tests;
+#[cfg(test)]
 mod model_tests;
 #[cfg(test)]
 mod reference_tests;

@@ -124,6 +124,8 @@ struct Kernel {
     dice: Dice,
     /// One in so many calls is stopped; 0 is never.
     stop_every: u64,
+    /// Nothing arrives, for a reason that nobody knows.
+    refuses: bool,
 }
 
 /// How a CPU access ends that does not wait.
@@ -222,6 +224,7 @@ impl FakeHost {
             changing: 0,
             dice: Dice::new(seed),
             stop_every: 0,
+            refuses: false,
         })))
     }
 
@@ -231,6 +234,10 @@ impl FakeHost {
 
     pub fn set_stops(&self, one_in: u64) {
         self.kernel().stop_every = one_in;
+    }
+
+    pub fn set_refusing(&self, refuses: bool) {
+        self.kernel().refuses = refuses;
     }
 
     pub fn set_changing(&self, changing: bool) {
@@ -463,6 +470,10 @@ impl HostMemory for FakeHost {
     fn present(&self, span: Span) -> PageMask {
         let k = self.kernel();
         let mut mask = PageMask::EMPTY;
+        if let Some(slot) = k.slots.get(&span.start) {
+            slot.pages.keys().for_each(|page| mask.set(*page as usize));
+            return mask;
+        }
         k.pages.range(span.start..span.end).for_each(|(addr, _)| mask.set(span.page_index(*addr)));
         mask
     }
@@ -637,6 +648,9 @@ impl FakeHost {
     ) -> StdResult<(), FlipStop> {
         let mut k = self.kernel();
         let list = addresses(app, pages);
+        if k.refuses {
+            return Err(FlipStop { moved: PageMask::EMPTY, why: FlipError::Os(5) });
+        }
         let plan =
             k.plan(list.len(), &[FlipError::Again, FlipError::Again, FlipError::Busy, FlipError::NoMemory]);
         let mut moved = PageMask::EMPTY;
@@ -682,6 +696,8 @@ pub struct FakeDevice {
     card: Mutex<Card>,
     /// Where an access over the link waits; zero for nowhere.
     pub reached: AtomicU64,
+    /// Pages that can still be downloaded: with the next one the device is lost.
+    pub lasts: AtomicU64,
 }
 
 impl FakeDevice {
@@ -715,7 +731,13 @@ impl FakeDevice {
             fail_every: 0,
             lost: false,
         };
-        Arc::new(Self { host, info, card: Mutex::new(card), reached: AtomicU64::new(0) })
+        Arc::new(Self {
+            host,
+            info,
+            card: Mutex::new(card),
+            reached: AtomicU64::new(0),
+            lasts: AtomicU64::new(u64::MAX),
+        })
     }
 
     fn card(&self) -> MutexGuard<'_, Card> {
@@ -847,8 +869,13 @@ impl Device for FakeDevice {
     }
 
     fn download(&self, bo: &Bo, shadow: &Shadow, at: u64, len: u64) -> Result<()> {
-        let card = self.alive(bo, at, len)?;
+        let mut card = self.alive(bo, at, len)?;
         for offset in pages_of(Span::sized(at, len)) {
+            if self.lasts.load(Ordering::Relaxed) == 0 {
+                card.lost = true;
+                return Err(Error::DeviceLost { reason: "injected".into() });
+            }
+            self.lasts.fetch_sub(1, Ordering::Relaxed);
             let value = card.memory[&(bo.offset + offset)];
             self.host.kernel().slot(shadow).pages.insert(offset / SZ_4K, value);
         }

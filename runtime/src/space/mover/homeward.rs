@@ -127,7 +127,8 @@ impl Mover {
     }
 
     /// Makes the shadow hold the contents of `pages`, whose truth is device memory, and records them as fresh. A page
-    /// that has no shadow page and is all zero stays a hole. Gives the bytes copied.
+    /// that has no shadow page and is all zero stays a hole. Gives the bytes copied. An error leaves recorded what came before
+    /// it, and nothing else in the shadow.
     fn fetch(&self, span: Span, m: &mut Moved, pages: &PageMask) -> Result<u64> {
         let (Some(bo), Some(shadow)) = (&m.bo, &m.shadow) else { return Ok(0) };
         let dev = self.device(m.device);
@@ -145,14 +146,19 @@ impl Mover {
             m.retained = PageMask::first(span.pages());
         }
         let touched = stale.minus(&m.retained);
+        let (mut fetched, mut stop) = (PageMask::EMPTY, None);
         for (first, count) in stale.runs() {
-            dev.download(bo, shadow, first as u64 * SZ_4K, count as u64 * SZ_4K)?;
+            if let Err(e) = dev.download(bo, shadow, first as u64 * SZ_4K, count as u64 * SZ_4K) {
+                stop = Some(e);
+                break;
+            }
+            fetched.set_run(first, count);
         }
-        m.retained = m.retained.or(&stale);
-        m.fresh = m.fresh.or(&stale);
-        if span.len() == SZ_2M && !touched.is_empty() {
-            // The first touch of an empty shadow may have brought a huge page. What nobody knows of would refuse the next
-            // flip: it is as good for the zero pages, and is given back elsewhere.
+        m.retained = m.retained.or(&fetched);
+        m.fresh = m.fresh.or(&fetched);
+        if !touched.is_empty() && (span.len() == SZ_2M || stop.is_some()) {
+            // The first touch of an empty shadow may have brought a huge page, and a copy that failed some pages. What nobody
+            // knows of would refuse the next flip: it is as good for the zero pages, and is given back elsewhere.
             let surplus = self.host.present(shadow.span).minus(&m.retained);
             let zeroes = surplus.and(&unbacked.minus(&stale));
             m.retained = m.retained.or(&zeroes);
@@ -162,7 +168,7 @@ impl Mover {
                 self.host.shadow_release(shadow, &useless);
             }
         }
-        Ok(bytes(&stale))
+        stop.map_or(Ok(bytes(&stale)), Err)
     }
 
     /// Flips strayed `pages` of the range at `span` to `to` (the range's own addresses, or where mremap took them).

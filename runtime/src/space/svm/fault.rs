@@ -56,6 +56,8 @@ impl Svm {
             Err(
                 Error::Again { .. } | Error::OutOfHostMemory { .. } | Error::Busy { .. } | Error::Gone { .. },
             ) => Served::Retry(Wait::Events),
+            // The device has answered: nothing is lost, whatever the kernel does not do now.
+            Err(Error::Os { .. }) => Served::Retry(Wait::Events),
             Err(e) => self.lost(&range, &mut state, e),
         }
     }
