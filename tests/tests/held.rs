@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use usvm::device::sim::Gpu;
-use usvm::{Access, Builder, Config, Error, Fence, Hint, Runtime};
+use usvm::{Access, Builder, Config, Error, Fence, Hint, Location, Runtime};
 use usvm_tests::support::*;
 
 #[global_allocator]
@@ -163,6 +163,35 @@ fn two_devices_that_cannot_fault_read_the_same() {
     work.end().unwrap();
     writer.wait(None).unwrap();
     mem.check(5);
+}
+
+/// Moves that wait for work keep nobody from asking, and come to pass when it has ended.
+#[test]
+fn questions_are_answered_while_moves_wait() {
+    let _alone = alone("questions", 60);
+    let runtime = runtime(policy("gpusvm"), &[2 * M2]);
+    let (held, other) = (Mem::filled(2 * M2, 1), Mem::filled(4 * M2, 1));
+    let bracket = runtime.begin_access(0, &[writes(held.at, held.len)]).unwrap();
+    let there = || runtime.residence(held.at, held.len).unwrap().device;
+    let before = there();
+    let fences = [0, 1, 2, 3].map(|n| runtime.prefetch(other.at + n * M2, M2, Location::Device(0)));
+    let home = [0, 1].map(|n| runtime.prefetch(held.at + n * M2, M2, Location::Host));
+    std::thread::scope(|scope| {
+        let evicts = [0, 1].map(|n| {
+            let (runtime, at) = (&runtime, held.at + n * M2);
+            scope.spawn(move || runtime.evict(at, M2))
+        });
+        std::thread::sleep(Duration::from_millis(100));
+        assert_eq!(there(), before);
+        runtime.barrier().unwrap();
+        assert!(fences.iter().chain(&home).any(|fence| !fence.is_signaled()));
+        runtime.end_access(bracket).unwrap();
+        evicts.into_iter().for_each(|thread| thread.join().unwrap().unwrap());
+    });
+    fences.iter().chain(&home).for_each(|fence| assert!(fence.wait(None).unwrap()));
+    assert_eq!(there(), 0);
+    held.check(1);
+    other.check(1);
 }
 
 fn protect(runtime: &Runtime, at: u64, len: u64, rights: i32) {

@@ -102,7 +102,8 @@ struct Beginning {
 }
 
 /// Whatever becomes of it, whoever waits is answered.
-struct SignalOnDrop(Event);
+#[derive(Debug)]
+pub(super) struct SignalOnDrop(pub(super) Event);
 
 impl Drop for SignalOnDrop {
     fn drop(&mut self) {
@@ -142,7 +143,7 @@ impl Beginning {
 }
 
 /// Who gave up waiting for device memory is told how much there is.
-fn too_much(error: Error, svm: &Svm, device: u32, accesses: &[Access]) -> Error {
+pub(super) fn too_much(error: Error, svm: &Svm, device: u32, accesses: &[Access]) -> Error {
     let Error::Again { what: ROOM, .. } = error else { return error };
     let device = svm.mover.device(device);
     let capacity = device.info().vram_bytes;

@@ -12,6 +12,9 @@
 //! there waits for nobody. What the program does not know to be a request (fork, the beginning of a thread, the end) stands
 //! in no line behind requests that wait either: [`Control::now`].
 //!
+//! What may wait for work that holds memory (the beginning of a bracket, moves that the program asks for) does not wait here:
+//! it lines up again after each try.
+//!
 //! # Limits
 //! Two requests of the general lane are served at once; more wait in line.
 

@@ -6,16 +6,21 @@
 //! # Limits
 //! Addresses are rounded outward to pages, for a discard inward. What was said about memory outlives its mapping.
 
-use crate::ground::addr::{PageMask, SZ_4K, Span, align_down, align_up};
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::ground::addr::{PageMask, SZ_2M, SZ_4K, Span, align_down, align_up};
+use crate::ground::alloc;
 use crate::ground::error::{Error, Result};
-use crate::ground::sync::Fence;
+use crate::ground::sync::{Event, Fence};
 use crate::observe::stats::Cause;
 use crate::observe::watch::Change;
 use crate::space::ports::{Advice, GpuAccess, Vma};
 use crate::space::residency::{Residence, bytes};
-use crate::space::svm::{Svm, Want};
+use crate::space::svm::{PIN_PATIENCE, Svm, Want};
 
-use super::{Location, Runtime};
+use super::bracket::{SignalOnDrop, too_much};
+use super::{Access, Inner, Location, Runtime};
 
 /// A hint for a span of memory (CUDA's and Level Zero's words).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,11 +77,25 @@ impl Runtime {
         if let Err(e) = inner.check().and_then(|()| self.check_location(to)) {
             return Fence::signaled(Err(e));
         }
-        let (svm, owner) = (inner.svm.clone(), inner.clone());
-        inner.control.submit(move || {
-            let span = Span::sized(addr, len).page_aligned();
-            owner.asked.update(span, |asked| asked.last = Some(to));
-            move_to(&svm, span, to)
+        let span = Span::sized(addr, len).page_aligned();
+        let owner = inner.clone();
+        self.go(span, to, Cause::Prefetch, move || owner.asked.update(span, |asked| asked.last = Some(to)))
+    }
+
+    /// Moves `span` in the background, after `first`.
+    fn go(&self, span: Span, to: Location, cause: Cause, first: impl FnOnce() + Send + 'static) -> Fence {
+        let inner = self.inner();
+        alloc::internal(|| {
+            let arrived = SignalOnDrop(Event::new());
+            let fence = arrived.0.fence();
+            let deadline = Instant::now() + PIN_PATIENCE;
+            let going = Going { span, to, cause, at: span.start, arrived, deadline };
+            let owner = inner.clone();
+            let _ = inner.control.submit(move || {
+                first();
+                going.go_on(&owner)
+            });
+            fence
         })
     }
 
@@ -89,7 +108,12 @@ impl Runtime {
 
     /// Brings `[addr, addr + len)` to the host and gives up its device memory.
     pub fn evict(&self, addr: u64, len: u64) -> Result<()> {
-        self.call(move |svm| svm.bring_home(Span::sized(addr, len).page_aligned(), Cause::User))
+        let span = Span::sized(addr, len).page_aligned();
+        if alloc::is_service_thread() {
+            return self.call(move |svm| svm.bring_home(span, Cause::User));
+        }
+        self.inner().check()?;
+        self.go(span, Location::Host, Cause::User, || ()).wait(None).map(|_| ())
     }
 
     /// The contents of the whole pages inside `[addr, addr + len)` may be dropped.
@@ -134,20 +158,19 @@ impl Runtime {
     fn advise_need(&self, span: Span, need: Need) -> Result<()> {
         let inner = self.inner();
         inner.check()?;
-        let (svm, owner) = (inner.svm.clone(), inner.clone());
-        let control = &inner.control;
+        let owner = inner.clone();
         let (last, to) = match need {
             Need::Will(to) => (Some(to), to),
             Need::Dont => (None, Location::Host),
         };
-        control.end(move || {
+        inner.control.end(move || {
             owner.asked.update(span, |asked| {
                 asked.need = Some(last.is_some());
                 asked.last = last.or(asked.last);
             });
             Ok(())
         })?;
-        let _ = control.submit(move || move_to(&svm, span, to));
+        drop(self.go(span, to, Cause::Prefetch, || ()));
         Ok(())
     }
 
@@ -199,12 +222,49 @@ impl Runtime {
     }
 }
 
-fn move_to(svm: &Svm, span: Span, to: Location) -> Result<()> {
-    match to {
-        Location::Host => svm.bring_home(span, Cause::Prefetch),
-        Location::Device(device) => {
-            svm.gpu_access(device, span.start, span.len(), Want::prefetch()).map(|_| ())
+/// Memory on its way to where the program wants it. As a bracket that begins, it keeps no control thread from others'
+/// requests while it waits for what work holds: it lines up again.
+struct Going {
+    span: Span,
+    to: Location,
+    cause: Cause,
+    /// What is before has arrived.
+    at: u64,
+    arrived: SignalOnDrop,
+    deadline: Instant,
+}
+
+impl Going {
+    /// One try, on a control thread.
+    fn go_on(mut self, owner: &Arc<Inner>) -> Result<()> {
+        let svm = &owner.svm;
+        let outcome = match self.advance(svm) {
+            Err(Error::Again { .. } | Error::Busy { .. }) if Instant::now() < self.deadline => {
+                svm.wait_for_memory();
+                let again = owner.clone();
+                let _ = owner.control.submit(move || self.go_on(&again));
+                return Ok(());
+            }
+            other => other,
+        };
+        self.arrived.0.signal(outcome);
+        Ok(())
+    }
+
+    fn advance(&mut self, svm: &Svm) -> Result<()> {
+        let Location::Device(device) = self.to else { return svm.try_to_bring_home(self.span, self.cause) };
+        while self.at < self.span.end {
+            let piece = Span::new(self.at, self.span.end.min(align_down(self.at, SZ_2M) + SZ_2M));
+            let want = Want { wait: false, ..Want::prefetch() };
+            let moved = svm.gpu_access(device, piece.start, piece.len(), want);
+            let all = Access { addr: self.span.start, len: self.span.len(), access: GpuAccess::Read };
+            match moved {
+                Err(e) if Instant::now() >= self.deadline => return Err(too_much(e, svm, device, &[all])),
+                other => drop(other?),
+            }
+            self.at = piece.end;
         }
+        Ok(())
     }
 }
 

@@ -20,6 +20,11 @@ impl Svm {
         self.bring_home_within(span, cause, PIN_PATIENCE, true)
     }
 
+    /// As [`Svm::bring_home`], without waiting for running work: [`Error::Busy`] tells that some of it stayed.
+    pub fn try_to_bring_home(&self, span: Span, cause: Cause) -> Result<()> {
+        self.bring_home_within(span, cause, Duration::ZERO, true)
+    }
+
     /// Brings everything home; waits no longer than `patience` for what running work holds: [`Error::Busy`]. Copies that it
     /// holds are left.
     pub fn bring_home_for_fork(&self, patience: Duration) -> Result<()> {
