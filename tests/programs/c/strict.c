@@ -1,5 +1,5 @@
 // Puts a filter on itself while it runs: from then on only what it needs, anything else kills. Its memory goes on migrating.
-// argv: "all" (the whole program, to its exit) | "few" (one thread, without mremap and the exit: a running usvm needs more
+// argv: "all" (the whole program with a fork, to its exit) | "few" (one thread, without mremap and the exit: a running usvm needs more
 // system calls than the program for these)
 #define _GNU_SOURCE
 #include <errno.h>
@@ -15,6 +15,7 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 #define ALLOW(name) BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_##name, 0, 1), BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW)
@@ -37,6 +38,8 @@ static void *filtered(void *unused) {
         BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
         ALLOW(write), ALLOW(mmap), ALLOW(munmap), ALLOW(mremap), ALLOW(madvise), ALLOW(mprotect), ALLOW(brk),
         ALLOW(futex), ALLOW(clock_gettime), ALLOW(exit_group), ALLOW(exit), ALLOW(rt_sigreturn),
+        // What a fork and its end are made of.
+        ALLOW(clone), ALLOW(set_robust_list), ALLOW(rt_sigprocmask), ALLOW(gettid), ALLOW(wait4),
         BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS),
     };
     struct sock_fprog program = {sizeof filter / sizeof *filter, filter};
@@ -58,6 +61,12 @@ static void *filtered(void *unused) {
         sum |= block[size - 1] != 1 || map[0] != 2 || map[5000] != 0 || map[1 << 19] != 2;
         munmap(map, all ? 1 << 22 : 1 << 21);
         free(block);
+    }
+    if (all) {
+        int status = -1;
+        pid_t child = fork();
+        if (!child) _exit(words[5] < 5);
+        sum |= waitpid(child, &status, 0) != child || status != 0;
     }
     for (int i = 0; i < 1 << 17; i++) sum |= heap[i] != 0x0505050505050505;
     static const char good[] = "after\n", bad[] = "WRONG\n";
