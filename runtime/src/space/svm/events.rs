@@ -266,6 +266,15 @@ impl Svm {
 
     /// Lands what mremap took elsewhere; `false` if some could not yet.
     pub fn settle_landings(&self) -> bool {
+        if self.landings().is_empty() {
+            return true;
+        }
+        // While the kernel has changes to tell it lets nothing land. Trying all the same, again and again, with the list in
+        // hand keeps those from it who handle what it tells.
+        let host = &self.mover.host;
+        if host.refuses_while_changing() && host.mappings_change() {
+            return false;
+        }
         let mut landings = self.landings();
         landings.retain(|landing| {
             // Not waited for: see `unmapped_meanwhile`.
