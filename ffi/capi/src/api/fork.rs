@@ -2,7 +2,8 @@
 //!
 //! # Overview
 //! The thread that forks takes the interface's locks before and gives them back after, so that a child never inherits one
-//! that some other thread holds. A fork inside a handler of a fork finds them taken by its own thread. The child forgets the parent's handles and its runtime.
+//! that some other thread holds. A fork inside a handler of a fork finds them taken by its own thread. The child forgets the
+//! parent's handles and its runtime.
 //!
 //! # Locking
 //! The process's runtime first, then the tables. So does the end of the process; nobody else holds both.
