@@ -20,7 +20,7 @@
 //! The functions have C's contracts. Blocks go back to the allocator that made them, as jemalloc finds it by address.
 #![allow(unsafe_code)]
 
-use std::ffi::{c_int, c_uint, c_void};
+use std::ffi::{CStr, c_int, c_uint, c_void};
 use std::ptr;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -28,6 +28,10 @@ use tikv_jemalloc_sys as je;
 
 use crate::slab::SLAB;
 use crate::spans::{self, SPAN};
+
+/// An arena that has no memory left takes so much at once, or what one block needs: jemalloc alone would take ever more, and
+/// where much is opened little shows what is used.
+const GROWTH: usize = 4 << 20;
 
 /// Arenas at most; there are as many as processors.
 const MOST_ARENAS: usize = 64;
@@ -149,7 +153,37 @@ fn create() -> Option<c_uint> {
             size_of::<ArenaConfig>(),
         )
     };
-    (failed == 0).then_some(arena)
+    if failed != 0 {
+        return None;
+    }
+    // Without it only more is opened than is used.
+    let mut most = GROWTH;
+    let limit = c"arena.0.retain_grow_limit";
+    if let Some(mut name) = of_arenas(limit) {
+        name[1] = arena as usize;
+        // SAFETY: it takes a size and gives none.
+        unsafe {
+            let new = (&raw mut most).cast();
+            je::mallctlbymib(
+                name.as_ptr(),
+                name.len(),
+                ptr::null_mut(),
+                ptr::null_mut(),
+                new,
+                size_of::<usize>(),
+            )
+        };
+    }
+    Some(arena)
+}
+
+/// jemalloc's number for a name of three parts of which the second is an arena's number.
+fn of_arenas(name: &CStr) -> Option<[usize; 3]> {
+    let mut number = [0usize; 3];
+    let mut len = number.len();
+    // SAFETY: there is room for the name's three parts.
+    let failed = unsafe { je::mallctlnametomib(name.as_ptr(), number.as_mut_ptr(), &raw mut len) };
+    (failed == 0 && len == number.len()).then_some(number)
 }
 
 /// An arena for bookkeeping.
@@ -314,19 +348,13 @@ pub(crate) unsafe fn resize(arena: Option<Arena>, block: *mut u8, size: usize, a
 
 /// Returns all free memory to the system now.
 pub(crate) fn purge() {
-    let mut path = [0usize; 3];
-    let mut len = path.len();
-    // SAFETY: "arena.<i>.purge" has three parts, of which the second is the arena's number; it takes and gives nothing.
-    unsafe {
-        if je::mallctlnametomib(c"arena.0.purge".as_ptr(), path.as_mut_ptr(), &raw mut len) != 0 {
-            return;
-        }
-        for arena in
-            ARENAS.iter().chain([&BOOKKEEPING]).map(|a| a.load(Ordering::Acquire)).filter(|a| *a != 0)
-        {
-            path[1] = arena as usize;
-            je::mallctlbymib(path.as_ptr(), len, ptr::null_mut(), ptr::null_mut(), ptr::null_mut(), 0);
-        }
+    let Some(mut name) = of_arenas(c"arena.0.purge") else { return };
+    for arena in ARENAS.iter().chain([&BOOKKEEPING]).map(|a| a.load(Ordering::Acquire)).filter(|a| *a != 0) {
+        name[1] = arena as usize;
+        // SAFETY: it takes and gives nothing.
+        unsafe {
+            je::mallctlbymib(name.as_ptr(), name.len(), ptr::null_mut(), ptr::null_mut(), ptr::null_mut(), 0)
+        };
     }
 }
 

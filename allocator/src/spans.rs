@@ -37,6 +37,9 @@ const LARGEST: usize = 1 << 40;
 const _: () = assert!(LARGEST / SPAN < SPAN);
 /// So much of the heap begins with small pages, so that a small program stays small.
 const SMALL_PAGES: usize = 32 << 20;
+/// What is taken at once for blocks of this size does not count as heap: a program that asks for much and uses little of
+/// it is still small.
+const LARGE: usize = 8 << 20;
 
 struct Reservation {
     /// Where it begins, a multiple of [`SPAN`], and in the low bits its length in spans; 0 before there is one.
@@ -44,6 +47,10 @@ struct Reservation {
     /// Bytes given out.
     used: AtomicUsize,
 }
+
+/// Bytes that were opened with small pages, and how far they reach into the first reservation.
+static SMALL: AtomicUsize = AtomicUsize::new(0);
+static SMALL_END: AtomicUsize = AtomicUsize::new(0);
 
 static RESERVATIONS: [Reservation; MOST] =
     [const { Reservation { place: AtomicUsize::new(0), used: AtomicUsize::new(0) } }; MOST];
@@ -100,7 +107,7 @@ pub(crate) fn take(size: usize, align: usize) -> Option<*mut u8> {
             return None;
         }
         if let Some(cut) = reservation.cut(size, align) {
-            let opened = open(cut.at, size, index == 0 && has_small_pages(cut.at));
+            let opened = open(cut.at, size, index == 0 && is_small(cut.after, size));
             if opened.is_none() {
                 reservation.uncut(&cut);
             }
@@ -115,9 +122,18 @@ pub(crate) fn first() -> Option<(usize, usize)> {
     RESERVATIONS.first()?.get()
 }
 
-/// Whether `at`, in the first reservation or any other, is where small pages are.
+/// Whether `size` bytes that end at `end` in the first reservation shall begin with small pages.
+fn is_small(end: usize, size: usize) -> bool {
+    let small = size < LARGE && SMALL.fetch_add(size, Ordering::Relaxed) < SMALL_PAGES;
+    if small {
+        SMALL_END.fetch_max(end, Ordering::Relaxed);
+    }
+    small
+}
+
+/// Whether `at`, in the first reservation or any other, can be where small pages are.
 fn has_small_pages(at: usize) -> bool {
-    first().is_some_and(|(base, _)| at.wrapping_sub(base) < SMALL_PAGES)
+    first().is_some_and(|(base, _)| at.wrapping_sub(base) < SMALL_END.load(Ordering::Relaxed))
 }
 
 /// Asks for huge pages for the whole ranges of a large block, wherever it is.
