@@ -14,7 +14,7 @@
 //! # Limits
 //! [`SLOTS`] loaders; calls to further ones pass through untouched.
 
-use std::ffi::{CStr, c_void};
+use std::ffi::{CStr, c_int, c_void};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock};
 
@@ -126,14 +126,39 @@ fn instance(slot: usize, target: &Dispatch) -> Dispatch {
 }
 
 /// Where the object that contains `addr` is mapped, and its file; `None` if no object does.
+///
+/// dladdr would look for the nearest symbol as well, through all of a library that has 100,000.
 pub fn object_at(addr: usize) -> Option<(usize, &'static CStr)> {
-    // SAFETY: `Dl_info` is plain data that dladdr fills; the name lives as long as the object stays loaded.
+    let mut search = Search { addr, found: None };
+    // SAFETY: `look_at` is called with the search, before this returns.
+    unsafe { libc::dl_iterate_phdr(Some(look_at), (&raw mut search).cast()) };
+    search.found
+}
+
+struct Search {
+    addr: usize,
+    found: Option<(usize, &'static CStr)>,
+}
+
+/// One object of [`object_at`]'s search; 1 ends it.
+unsafe extern "C" fn look_at(object: *mut libc::dl_phdr_info, _: usize, search: *mut c_void) -> c_int {
+    // SAFETY: the loader gives an object of which the headers are there, and `object_at` its search. The name lives as long
+    // as the object stays loaded.
     unsafe {
-        let mut info: libc::Dl_info = std::mem::zeroed();
-        if libc::dladdr(addr as *const c_void, &raw mut info) == 0 || info.dli_fname.is_null() {
-            return None;
+        let (object, search) = (&*object, &mut *search.cast::<Search>());
+        if object.dlpi_phdr.is_null() || object.dlpi_name.is_null() {
+            return 0;
         }
-        Some((info.dli_fbase as usize, CStr::from_ptr(info.dli_fname)))
+        let headers = std::slice::from_raw_parts(object.dlpi_phdr, object.dlpi_phnum.into());
+        let base = object.dlpi_addr as usize;
+        let mut parts = headers.iter().filter(|h| h.p_type == libc::PT_LOAD);
+        let Some(first) = parts.clone().next() else { return 0 };
+        let begin = |part: &libc::Elf64_Phdr| base.wrapping_add(part.p_vaddr as usize);
+        if !parts.any(|part| search.addr.wrapping_sub(begin(part)) < part.p_memsz as usize) {
+            return 0;
+        }
+        search.found = Some((begin(first) & !0xfff, CStr::from_ptr(object.dlpi_name)));
+        1
     }
 }
 
