@@ -279,3 +279,36 @@ fn a_reader_elsewhere_takes_nothing_from_who_writes() {
     brackets.into_iter().for_each(|bracket| runtime.end_access(bracket).unwrap());
     mem.check(2);
 }
+
+/// For a driver whose device is the processor: what it uses is at home, and neither the processor nor a device waits for it.
+#[test]
+fn a_bracket_at_home_keeps_memory_there_and_nobody_waits() {
+    let _alone = alone("a bracket at home", 60);
+    let runtime = runtime(policy("gpusvm"), &[16 * M2]);
+    let mem = Mem::filled(4 * M2, 1);
+    let (at, len) = (mem.at, mem.len);
+    let home = || runtime.attributes(at, len).unwrap().devices.iter().all(|(_, bytes)| *bytes == 0);
+    to_device(&runtime, &mem, 2);
+    assert!(!home());
+    let [first, second] = [0, 1].map(|_| runtime.begin_access_at_home(0, &[writes(at, len)]).unwrap());
+    assert!(home());
+    mem.check(2);
+    for seed in 3..6 {
+        mem.fill(seed);
+        on_gpu(&runtime, move |gpu| gpu_check(gpu, at, len, 0, seed)).unwrap();
+        let pass = move |gpu: &mut Gpu<'_>| gpu_fill(gpu, at, len, 0, seed + 10);
+        runtime.launch_with(0, &[writes(at, len)], pass).wait(None).unwrap();
+        let _ = runtime.prefetch(at, len, Location::Device(0)).wait(None);
+        assert!(home(), "round {seed}");
+        mem.check(seed + 10);
+    }
+    runtime.end_access(first).unwrap();
+    let _ = runtime.prefetch(at, len, Location::Device(0)).wait(None);
+    assert!(home(), "one of two has ended");
+    runtime.end_access(second).unwrap();
+    to_device(&runtime, &mem, 7);
+    assert!(!home(), "it goes where the policy says");
+    mem.check(7);
+    let empty = Access { len: 0, ..writes(at, 1) };
+    assert!(matches!(runtime.begin_access_at_home(0, &[empty]), Err(Error::Invalid { .. })));
+}

@@ -3,7 +3,8 @@
 //! # Overview
 //! [`Runtime::begin_access`] makes memory resident or mapped and holds it; [`Runtime::end_access`] lets go of it. The
 //! beginning may wait for device memory that others hold, so it can also be waited for by a fence
-//! ([`Runtime::begin_access_later`]), and be ended before it has begun.
+//! ([`Runtime::begin_access_later`]), and be ended before it has begun. Where the device that computes shares the host's
+//! memory, [`Runtime::begin_access_at_home`] holds what it uses there.
 //!
 //! # Locking
 //! A bracket's lock is for control threads only: the ranges are handed over under it, and nothing waits with it held.
@@ -56,16 +57,32 @@ impl Runtime {
     /// before.
     pub fn begin_access_later(&self, device: u32, accesses: &[Access]) -> Result<(Bracket, Fence)> {
         let dev = self.device(device)?;
+        alloc::internal(|| check_working_set(dev.info(), accesses))?;
+        self.begin(device, accesses, |a| Want::bracket(a.access, Span::sized(a.addr, a.len)))
+    }
+
+    /// As [`Runtime::begin_access`], but `accesses` are in the host's memory, mapped for `device` over the link, and stay
+    /// there until the end: the CPU never waits for it. For drivers whose device is the CPU or shares its memory. What a
+    /// bracket of the other kind holds on a device meanwhile stays there; atomics need a device that can do them over the link.
+    pub fn begin_access_at_home(&self, device: u32, accesses: &[Access]) -> Result<Bracket> {
+        self.device(device)?;
+        check_accesses(accesses)?;
+        let (bracket, fence) = self.begin(device, accesses, |a| Want::at_home(a.access, a.addr))?;
+        fence.wait(None)?;
+        Ok(bracket)
+    }
+
+    fn begin(&self, device: u32, accesses: &[Access], want: fn(&Access) -> Want) -> Result<(Bracket, Fence)> {
         let inner = self.inner();
         inner.check()?;
         alloc::internal(|| {
-            check_working_set(dev.info(), accesses)?;
             let begun = SignalOnDrop(Event::new());
             let fence = begun.0.fence();
             let state = Arc::new(Mutex::new(State::Beginning));
             let beginning = Beginning {
                 device,
                 accesses: accesses.to_vec(),
+                want,
                 state: state.clone(),
                 begun,
                 deadline: Instant::now() + PIN_PATIENCE,
@@ -96,6 +113,7 @@ impl Runtime {
 struct Beginning {
     device: u32,
     accesses: Vec<Access>,
+    want: fn(&Access) -> Want,
     state: Arc<Mutex<State>>,
     begun: SignalOnDrop,
     deadline: Instant,
@@ -115,8 +133,7 @@ impl Beginning {
     /// One try, on a control thread.
     fn go_on(self, owner: &Arc<Inner>) -> Result<()> {
         let svm = &owner.svm;
-        let want = |a: &Access| Want::bracket(a.access, Span::sized(a.addr, a.len));
-        let outcome = match hold(svm, self.device, &self.accesses, want) {
+        let outcome = match hold(svm, self.device, &self.accesses, self.want) {
             Ok(held) => {
                 let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
                 match *state {
@@ -156,15 +173,21 @@ pub(super) fn too_much(error: Error, svm: &Svm, device: u32, accesses: &[Access]
 
 /// Refuses at once what can never be held at one time, with both sizes.
 pub(super) fn check_working_set(info: &DeviceInfo, accesses: &[Access]) -> Result<()> {
+    check_accesses(accesses)?;
+    let needed = working_set(accesses);
+    if needed > info.vram_bytes && !info.recoverable_faults {
+        return Err(Error::OutOfDeviceMemory { needed, capacity: info.vram_bytes, busy: 0 });
+    }
+    Ok(())
+}
+
+/// Refuses what is no memory.
+fn check_accesses(accesses: &[Access]) -> Result<()> {
     if let Some(bad) = accesses.iter().find(|a| a.len == 0 || a.addr.checked_add(a.len).is_none()) {
         return Err(Error::Invalid {
             argument: "accesses",
             reason: format!("{:#x} + {:#x} is empty or wraps around", bad.addr, bad.len),
         });
-    }
-    let needed = working_set(accesses);
-    if needed > info.vram_bytes && !info.recoverable_faults {
-        return Err(Error::OutOfDeviceMemory { needed, capacity: info.vram_bytes, busy: 0 });
     }
     Ok(())
 }

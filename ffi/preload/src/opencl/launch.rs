@@ -7,18 +7,28 @@
 //! when the launch's event is complete. The processor's own accesses fetch back what they need, so results cannot change;
 //! that they do not is what this is for.
 //!
-//! Nothing is *held* there (`Runtime::begin_access` would): the driver's threads are CPU threads, whose accesses would
-//! wait for the end of a bracket that ends when they are done; and the working set can contain pages of the very thread
-//! that launches, its stack or the pages that small blocks share with the rest of the heap.
+//! With the policy `remote` nothing is to move: each launch is a bracket then. Its working set is in the host's memory, mapped
+//! for usvm's device, from before the driver hears of the launch until its event is complete
+//! ([`Runtime::begin_access_at_home`]); neither chaos nor a hint takes it away meanwhile. Programs need not wait for their
+//! launches: what is still held at exit is let go of there.
+//!
+//! With the other policies nothing is *held* on usvm's device: the driver's threads are CPU threads, whose accesses would wait
+//! for the end of a bracket that ends when they are done; and the working set can contain pages of the very thread that
+//! launches, its stack or the pages that small blocks share with the rest of the heap.
+//!
+//! # Locking
+//! One lock around the table of launches that are held, never kept over a call into the runtime or a driver.
 //!
 //! # Limits
 //! Drivers of devices with memory of their own move their buffers themselves, and no device of the runtime stands for
 //! theirs yet: their launches are counted only.
 
+use std::collections::BTreeMap;
 use std::ffi::c_void;
+use std::sync::{Mutex, MutexGuard};
 
 use usvm::ground::addr::Span;
-use usvm::{Fence, Hint, Location, Runtime};
+use usvm::{Access, Bracket, Error, Fence, GpuAccess, Hint, Location, Runtime};
 
 use super::capability::{Device, info};
 use super::dispatch::Dispatch;
@@ -35,8 +45,16 @@ const STAND_IN: u32 = 0;
 pub struct Launch {
     bytes: u64,
     system: bool,
-    moved: Option<WorkingSet>,
+    used: Option<Used>,
     own_event: Handle,
+}
+
+/// What was done with a launch's working set, and is to be done when it is complete.
+enum Used {
+    /// It was sent to the stand-in, and goes there again.
+    Moved(WorkingSet),
+    /// It is held, by this number in [`HELD`].
+    Held(usize),
 }
 
 impl Launch {
@@ -52,19 +70,22 @@ impl Launch {
                 _ => {}
             });
         }
-        let moved = stand_in(driver, queue).and_then(|runtime| {
+        let used = stand_in(driver, queue).and_then(|runtime| {
             let set = KERNELS
                 .with(kernel as usize, |k| k.working_set())
                 .filter(|set| *set != WorkingSet::default())?;
+            if settings::get().hold {
+                return hold(runtime, &set).map(Used::Held);
+            }
             bring(runtime, &set);
-            Some(set)
+            Some(Used::Moved(set))
         });
-        Self { bytes, system, moved, own_event: std::ptr::null_mut() }
+        Self { bytes, system, used, own_event: std::ptr::null_mut() }
     }
 
     /// Where the driver shall put the launch's event: where the program wants it, or here if only we need it.
     pub fn event(&mut self, wanted: *mut Handle) -> *mut Handle {
-        if wanted.is_null() && self.moved.is_some() { &raw mut self.own_event } else { wanted }
+        if wanted.is_null() && self.used.is_some() { &raw mut self.own_event } else { wanted }
     }
 
     /// The driver has queued the launch, or not.
@@ -73,21 +94,24 @@ impl Launch {
     /// `event` is what [`Launch::event`] gave, filled by the driver if `result` is success.
     pub unsafe fn queued(self, driver: &Dispatch, result: Int, event: *const Handle) {
         if result != SUCCESS {
+            if let Some(used) = self.used {
+                used.give_up();
+            }
             return;
         }
         COUNTS.launches.add(1);
         COUNTS.working_set_bytes.add(self.bytes);
         COUNTS.system_pointer_launches.add(self.system.into());
-        let Some(set) = self.moved else { return };
-        // SAFETY: the driver has filled it. The set goes to the callback, which is called once, or stays ours.
+        let Some(used) = self.used else { return };
+        // SAFETY: the driver has filled it. What was used goes to the callback, which is called once, or stays ours.
         unsafe {
             let event = if event.is_null() { self.own_event } else { *event };
-            let set = Box::into_raw(Box::new(set));
+            let used = Box::into_raw(Box::new(used));
             let told = driver
                 .clSetEventCallback
-                .map(|set_callback| set_callback(event, COMPLETE, completed, set.cast()));
+                .map(|set_callback| set_callback(event, COMPLETE, completed, used.cast()));
             if told != Some(SUCCESS) {
-                drop(Box::from_raw(set));
+                Box::from_raw(used).give_up();
             }
             if !self.own_event.is_null()
                 && let Some(release) = driver.clReleaseEvent
@@ -96,6 +120,83 @@ impl Launch {
             }
         }
     }
+}
+
+impl Used {
+    /// The launch is complete: its data goes to the stand-in again, or is let go of.
+    fn complete(self) {
+        let Used::Moved(set) = self else { return self.give_up() };
+        let Some(runtime) = settings::runtime() else { return };
+        let alive = set.blocks.iter().filter(|b| BLOCKS.find(b.base) == Some(**b));
+        drop(send(runtime, alive.map(pages_of).collect()));
+    }
+
+    /// There is no launch, or none whose end will be told.
+    fn give_up(self) {
+        let Used::Held(number) = self else { return };
+        let bracket = held().brackets.remove(&number);
+        if let Some(bracket) = bracket {
+            end(bracket);
+        }
+    }
+}
+
+/// The brackets of launches that are not complete.
+struct Held {
+    brackets: BTreeMap<usize, Bracket>,
+    next: usize,
+}
+
+static HELD: Mutex<Held> = Mutex::new(Held { brackets: BTreeMap::new(), next: 0 });
+
+fn held() -> MutexGuard<'static, Held> {
+    HELD.lock().unwrap_or_else(|p| p.into_inner())
+}
+
+/// Holds the working set where the driver's threads reach it. What is behind a pointer that lies in no block may be for
+/// reading only.
+fn hold(runtime: &Runtime, set: &WorkingSet) -> Option<usize> {
+    let wanted = |span: Span, access| Access { addr: span.start, len: span.len(), access };
+    let blocks = set.blocks.iter().map(|b| wanted(pages_of(b), GpuAccess::Write));
+    let pages = set.foreign.iter().map(|p| wanted(page_of(*p), GpuAccess::Write));
+    let mut accesses: Vec<Access> = blocks.chain(pages).collect();
+    loop {
+        match runtime.begin_access_at_home(STAND_IN, &accesses) {
+            Ok(bracket) => {
+                COUNTS.launches_held.add(1);
+                let mut held = held();
+                held.next += 1;
+                let number = held.next;
+                held.brackets.insert(number, bracket);
+                return Some(number);
+            }
+            Err(Error::NotWritable { addr }) if for_reading(&mut accesses, addr) => {}
+            Err(_) => {
+                COUNTS.launches_refused.add(1);
+                return None;
+            }
+        }
+    }
+}
+
+/// Asks no more to write where `addr` lies. False if nobody did.
+fn for_reading(accesses: &mut [Access], addr: u64) -> bool {
+    let there = |a: &&mut Access| a.access == GpuAccess::Write && Span::sized(a.addr, a.len).contains(addr);
+    let found = accesses.iter_mut().filter(there);
+    found.map(|a| a.access = GpuAccess::Read).count() > 0
+}
+
+fn end(bracket: Bracket) {
+    if let Some(runtime) = settings::runtime() {
+        let _ = runtime.end_access(bracket);
+    }
+}
+
+/// The process ends: launches that are not complete hold nothing any more. A forked child may have inherited the lock from a
+/// thread that does not exist here, and holds nothing.
+pub fn end_all() {
+    let brackets = HELD.try_lock().map(|mut held| std::mem::take(&mut held.brackets));
+    brackets.unwrap_or_default().into_values().for_each(end);
 }
 
 /// The runtime, if memory is to move for this queue's device.
@@ -107,7 +208,7 @@ fn stand_in(driver: &Dispatch, queue: Handle) -> Option<&'static Runtime> {
 
 /// Brings the working set to the stand-in.
 fn bring(runtime: &Runtime, set: &WorkingSet) {
-    let pages = set.foreign.iter().map(|p| Span::sized(*p as u64, 1).page_aligned());
+    let pages = set.foreign.iter().map(|p| page_of(*p));
     let fences = send(runtime, set.blocks.iter().map(pages_of).chain(pages).collect());
     let refused = fences.iter().filter(|fence| fence.wait(None).is_err()).count();
     if refused == 0 { COUNTS.launches_migrated.add(1) } else { COUNTS.launches_refused.add(1) }
@@ -115,6 +216,10 @@ fn bring(runtime: &Runtime, set: &WorkingSet) {
 
 fn pages_of(block: &Block) -> Span {
     Span::sized(block.base as u64, block.size as u64).page_aligned()
+}
+
+fn page_of(pointer: usize) -> Span {
+    Span::sized(pointer as u64, 1).page_aligned()
 }
 
 /// Sends pages to the stand-in, those that touch at once.
@@ -130,13 +235,9 @@ fn send(runtime: &Runtime, mut spans: Vec<Span>) -> Vec<Fence> {
     whole.iter().map(|s| runtime.prefetch(s.start, s.len(), Location::Device(STAND_IN))).collect()
 }
 
-/// The launch is complete: its data goes to the stand-in again.
-unsafe extern "C" fn completed(_event: Handle, _status: Int, set: *mut c_void) {
+unsafe extern "C" fn completed(_event: Handle, _status: Int, used: *mut c_void) {
     // SAFETY: the box that `queued` gave away; the driver calls once.
-    let set = unsafe { Box::from_raw(set.cast::<WorkingSet>()) };
-    let Some(runtime) = settings::runtime() else { return };
-    let alive = set.blocks.iter().filter(|b| BLOCKS.find(b.base) == Some(**b));
-    drop(send(runtime, alive.map(pages_of).collect()));
+    unsafe { Box::from_raw(used.cast::<Used>()) }.complete();
 }
 
 /// The blocks a kernel reaches indirectly and their changes, if there were any since the driver was last told.

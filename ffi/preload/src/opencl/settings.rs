@@ -12,8 +12,8 @@ use usvm::ground::config::Origin;
 use usvm::ground::thread;
 use usvm::{Config, Runtime};
 
-use super::loaders;
 use super::stats::Report;
+use super::{launch, loaders};
 
 /// What the layer does.
 #[derive(Debug, Clone, Copy)]
@@ -22,11 +22,13 @@ pub struct Settings {
     pub enable: bool,
     /// Whether memory migrates also for devices that share the host's.
     pub migrate: bool,
+    /// Whether memory is to stay where it is and be held there: what the policy `remote` means for a launch.
+    pub hold: bool,
     /// Whether to tell the counts at exit.
     pub show: bool,
 }
 
-const OFF: Settings = Settings { enable: false, migrate: false, show: false };
+const OFF: Settings = Settings { enable: false, migrate: false, hold: false, show: false };
 
 /// What the environment asks for. A configuration that cannot be read switches the layer off, and so does a program that
 /// has more rights than its caller.
@@ -38,6 +40,7 @@ pub fn get() -> Settings {
         Ok(config) => Settings {
             enable: config.enable,
             migrate: config.chaos.is_some() || has_policy(&config),
+            hold: has_policy(&config) && config.policy == "remote",
             show: config.show_stats,
         },
         Err(e) => {
@@ -118,5 +121,6 @@ extern "C" fn show_at_exit() {
 }
 
 extern "C" fn release() {
+    launch::end_all();
     let _ = usvm_capi::process::release();
 }

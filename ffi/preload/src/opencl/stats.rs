@@ -68,6 +68,8 @@ counts! {
     hints,
     /// Launches whose working set was sent to usvm's device first.
     launches_migrated,
+    /// Launches whose working set was held in the host's memory until they were complete.
+    launches_held,
     /// Launches whose working set usvm could not take.
     launches_refused,
 }

@@ -112,6 +112,11 @@ impl Want {
         Self { within, wait: false, ..Self::launch(access) }
     }
 
+    /// A bracket around memory that stays with the CPU: no range lies wholly in nothing.
+    pub fn at_home(access: GpuAccess, addr: u64) -> Self {
+        Self { within: Some(Span::sized(addr, 0)), wait: false, ..Self::launch(access) }
+    }
+
     fn leaves(&self, range: Span) -> bool {
         self.within.is_some_and(|span| !span.covers(range))
     }
