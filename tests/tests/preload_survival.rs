@@ -304,6 +304,22 @@ fn threads_cancelled_inside_a_call() {
     the_same(&compile("cancels.c", "cancels", &[]), &[], ALL, false);
 }
 
+/// What a preloaded library needs is searched for every symbol that any library of the program looks up.
+#[test]
+fn they_need_the_c_library_alone() {
+    let unwinder = Command::new("cc").arg("-print-file-name=libgcc_eh.a").output().expect("cc runs");
+    if !Path::new(String::from_utf8_lossy(&unwinder.stdout).trim()).is_absolute() {
+        skipped("the compiler has no static unwinder");
+        return;
+    }
+    for library in ["libusvm_preload.so", "libusvm_heap.so"] {
+        let dynamic = Command::new("readelf").arg("-dW").arg(libraries().join(library)).output();
+        let dynamic = String::from_utf8(dynamic.expect("readelf runs").stdout).unwrap();
+        let needed: Vec<&str> = dynamic.lines().filter(|line| line.contains("(NEEDED)")).collect();
+        assert!(matches!(needed[..], [libc] if libc.contains("[libc.so.6]")), "{library}: {needed:?}");
+    }
+}
+
 #[test]
 fn the_malloc_family() {
     let program = compile("heapuse.cc", "heapuse", &["-std=c++17"]);

@@ -22,11 +22,11 @@
 //! Closes descriptors by number in a forked child, where nobody uses their owners any more.
 #![allow(unsafe_code)]
 
-use std::cell::Cell;
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::ground::atfork::Nesting;
 use crate::ground::inject::{self, Call};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
@@ -120,8 +120,7 @@ static GATE: Mutex<Gate> = Mutex::new(Gate { forking: 0, late: Vec::new() });
 static ARRIVING: AtomicU32 = AtomicU32::new(0);
 
 thread_local! {
-    /// Forks that this thread is in the middle of.
-    static FORKS: Cell<u32> = const { Cell::new(0) };
+    static FORKS: Nesting = const { Nesting::new() };
 }
 
 /// How long a fork waits for another one, and then for what arrives. Both take microseconds, if their threads run.
@@ -158,7 +157,7 @@ fn take_turn(waits: bool) -> bool {
 /// The calling thread is about to fork.
 pub(crate) fn before_fork() {
     // A fork inside a handler of a fork has its turn already.
-    if FORKS.get() == 0 {
+    if FORKS.with(Nesting::enter) {
         // Where no descriptor is kept and none arrives, a child cannot get another's.
         let mut waits = any_kept() || ARRIVING.load(Ordering::SeqCst) > 0;
         let mut begun = None;
@@ -166,7 +165,6 @@ pub(crate) fn before_fork() {
             waits = wait(&mut begun);
         }
     }
-    FORKS.set(FORKS.get() + 1);
     // Whatever the forks before this one brought was read before they returned.
     let mut begun = None;
     while ARRIVING.load(Ordering::SeqCst) > 0 && wait(&mut begun) {}
@@ -181,10 +179,7 @@ fn wait(begun: &mut Option<Instant>) -> bool {
 
 /// The calling thread has forked, or could not.
 pub(crate) fn after_fork() {
-    // Not where usvm came between the first handlers and these; nor inside a handler of another fork.
-    let forks = FORKS.get();
-    FORKS.set(forks.saturating_sub(1));
-    if forks != 1 {
+    if !FORKS.with(Nesting::leave) {
         return;
     }
     let mut gate = gate();
@@ -247,7 +242,7 @@ pub(crate) unsafe fn close_all_in_child() {
 /// For the only thread of a child right after fork.
 pub(crate) unsafe fn forget_forks() {
     ARRIVING.store(0, Ordering::SeqCst);
-    FORKS.set(0);
+    FORKS.with(Nesting::clear);
     // SAFETY: no other thread exists, and this one does not hold the lock. What is in there is closed, and not dropped.
     unsafe {
         std::ptr::write((&raw const GATE).cast_mut(), Mutex::new(Gate { forking: 0, late: Vec::new() }))

@@ -48,6 +48,7 @@ use std::time::{Duration, Instant};
 
 use crate::device::sim::{self, Gpu, Profile, SimConfig, SimDevice};
 use crate::ground::addr::{SZ_64K, Span};
+use crate::ground::atfork::Nesting;
 use crate::ground::config::Config;
 use crate::ground::error::{Errno, Error, Result};
 use crate::ground::inject::{self, Call};
@@ -691,15 +692,14 @@ fn with_current(f: impl FnOnce(&Inner)) {
 thread_local! {
     /// The runtime that this thread, which forks, has frozen. Several may: since glibc 2.36 handlers of two forks can overlap.
     static FROZEN: Cell<*const Inner> = const { Cell::new(ptr::null()) };
-    /// Forks that this thread is in the middle of: a handler of one may do another.
-    static FORKS: Cell<u32> = const { Cell::new(0) };
+    static FORKS: Nesting = const { Nesting::new() };
 }
 
 /// How long a frozen runtime waits for running work.
 const LAST_PATIENCE: Duration = Duration::from_millis(100);
 
 fn before_fork() {
-    let nested = FORKS.replace(FORKS.get() + 1) > 0;
+    let nested = !FORKS.with(Nesting::enter);
     with_current(|inner| {
         if nested && ptr::eq(FROZEN.get(), inner) {
             return;
@@ -729,8 +729,7 @@ fn before_fork() {
 
 fn after_fork() {
     fds::after_fork();
-    FORKS.set(FORKS.get().saturating_sub(1));
-    if FORKS.get() > 0 {
+    if !FORKS.with(Nesting::leave) {
         return;
     }
     with_current(|inner| {
@@ -748,7 +747,7 @@ fn after_fork() {
 }
 
 fn in_child() {
-    FORKS.set(0);
+    FORKS.with(Nesting::clear);
     if forget_the_parents() {
         alloc::become_application_thread();
     }

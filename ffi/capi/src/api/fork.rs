@@ -13,10 +13,10 @@
 //! the guards is only touched by the one thread that holds the locks.
 #![allow(unsafe_code)]
 
-use std::cell::{Cell, UnsafeCell};
+use std::cell::UnsafeCell;
 use std::sync::MutexGuard;
 
-use usvm::ground::atfork;
+use usvm::ground::atfork::{self, Nesting};
 use usvm::ground::once::Once;
 
 use super::handles::{self, Tables};
@@ -31,12 +31,11 @@ static HELD: Held = Held(UnsafeCell::new(None));
 static INSTALLED: Once = Once::new();
 
 thread_local! {
-    /// Forks that this thread is in the middle of: a handler of one may do another, with the locks in hand.
-    static FORKS: Cell<u32> = const { Cell::new(0) };
+    static FORKS: Nesting = const { Nesting::new() };
 }
 
 extern "C" fn prepare() {
-    if FORKS.replace(FORKS.get() + 1) > 0 {
+    if !FORKS.with(Nesting::enter) {
         return;
     }
     let guards = (process::hold(), handles::lock());
@@ -45,9 +44,7 @@ extern "C" fn prepare() {
 }
 
 extern "C" fn parent() {
-    let forks = FORKS.get();
-    FORKS.set(forks.saturating_sub(1));
-    if forks != 1 {
+    if !FORKS.with(Nesting::leave) {
         return;
     }
     // SAFETY: this thread took both locks in `prepare`.
@@ -57,7 +54,7 @@ extern "C" fn parent() {
 extern "C" fn child() {
     // Also where another thread was about to note it.
     INSTALLED.done();
-    FORKS.set(0);
+    FORKS.with(Nesting::clear);
     // SAFETY: the only thread of the child is the one that took both locks in `prepare`.
     if let Some((mut process, mut tables)) = unsafe { (*HELD.0.get()).take() } {
         process.forget();
