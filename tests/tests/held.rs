@@ -312,3 +312,30 @@ fn a_bracket_at_home_keeps_memory_there_and_nobody_waits() {
     let empty = Access { len: 0, ..writes(at, 1) };
     assert!(matches!(runtime.begin_access_at_home(0, &[empty]), Err(Error::Invalid { .. })));
 }
+
+/// The processor never waits for a bracket at home, so that begins when those on the device have ended.
+#[test]
+fn a_bracket_at_home_waits_for_one_on_the_device() {
+    let _alone = alone("a bracket at home, and one not", 60);
+    for faults in [true, false] {
+        let runtime = match faults {
+            true => runtime(policy("gpusvm"), &[16 * M2]),
+            false => without_faults(&[16 * M2]),
+        };
+        let mem = Mem::filled(2 * M2, 1);
+        let (at, len) = (mem.at, mem.len);
+        let there = runtime.begin_access(0, &[writes(at, len)]).unwrap();
+        let at_home = std::thread::scope(|s| {
+            let begins = s.spawn(|| runtime.begin_access_at_home(0, &[writes(at, len)]).unwrap());
+            std::thread::sleep(Duration::from_millis(100));
+            assert!(!begins.is_finished());
+            on_gpu(&runtime, move |gpu| gpu_fill(gpu, at, len, 0, 2)).unwrap();
+            runtime.end_access(there).unwrap();
+            begins.join().unwrap()
+        });
+        mem.check(2);
+        mem.fill(3);
+        runtime.end_access(at_home).unwrap();
+        mem.check(3);
+    }
+}

@@ -62,8 +62,9 @@ impl Runtime {
     }
 
     /// As [`Runtime::begin_access`], but `accesses` are in the host's memory, mapped for `device` over the link, and stay
-    /// there until the end: the CPU never waits for it. For drivers whose device is the CPU or shares its memory. What a
-    /// bracket of the other kind holds on a device meanwhile stays there; atomics need a device that can do them over the link.
+    /// there until the end: the CPU never waits for it. For drivers whose device is the CPU or shares its memory. What others
+    /// hold on a device is waited for, so who begins must not be the one who ends that; atomics need a device that can do them
+    /// over the link.
     pub fn begin_access_at_home(&self, device: u32, accesses: &[Access]) -> Result<Bracket> {
         self.device(device)?;
         check_accesses(accesses)?;

@@ -9,6 +9,7 @@ use super::residency_fake::{AnyPolicy, FakeDevice, FakeHost, Touch};
 use super::svm::{Served, Svm, Wait, Want};
 use super::{Space, SpaceConfig};
 use crate::ground::addr::{SZ_4K, Span};
+use crate::ground::error::{Error, Result};
 use crate::observe::observer::Observer;
 
 const BASE: u64 = 16 << 30;
@@ -68,4 +69,25 @@ fn what_a_device_that_cannot_fault_holds_over_the_link_stays() {
     assert_eq!(svm.cpu_fault(BASE, true), Served::Retry(Wait::Pins));
     svm.release(&held);
     assert_eq!(svm.cpu_fault(BASE, true), Served::Done);
+}
+
+/// Work that uses memory where the processor is.
+fn holds_at_home(svm: &Svm) -> Result<Vec<Arc<Range>>> {
+    svm.gpu_access(0, BASE, SZ_4K, Want::at_home(GpuAccess::Write, BASE))
+}
+
+/// The processor would wait for who holds it at home, if that left it on the device; perhaps for itself.
+#[test]
+fn what_is_held_at_home_waits_for_who_holds_it_on_the_device() {
+    for recoverable_faults in [true, false] {
+        let (host, device, svm) = world(recoverable_faults);
+        let there = svm.gpu_access(0, BASE, SZ_4K, Want::launch(GpuAccess::Write)).unwrap();
+        assert!(matches!(holds_at_home(&svm), Err(Error::Again { .. })));
+        assert!(matches!(device.table()[..], [(BASE, Backing::Vram(_), _)]), "{:?}", device.table());
+        svm.release(&there);
+        let at_home = holds_at_home(&svm).unwrap();
+        assert!(matches!(device.table()[..], [(BASE, Backing::System, _)]), "{:?}", device.table());
+        assert_eq!(host.touch(BASE, None), Touch::Value(7));
+        svm.release(&at_home);
+    }
 }

@@ -364,6 +364,10 @@ impl Svm {
             let remote = placement == Placement::Remote || may_be_remote(want, atomics);
             return remote.then_some(Placement::Remote).ok_or_else(held);
         };
+        if want.leaves_all() && !m.shared {
+            // Or it would stay there when the others have ended, held, and the processor would wait.
+            return Err(held());
+        }
         if self.is_firm_copy(state, device) && !want.access.writes() {
             // Who only reads can do so where the copy was made from.
             return Ok(Placement::Remote);

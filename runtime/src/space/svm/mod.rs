@@ -121,6 +121,11 @@ impl Want {
         self.within.is_some_and(|span| !span.covers(range))
     }
 
+    /// Whether it is [`Want::at_home`], whatever the range.
+    fn leaves_all(&self) -> bool {
+        self.within.is_some_and(Span::is_empty)
+    }
+
     /// A prefetch that the program asked for.
     pub fn prefetch() -> Self {
         Self {
