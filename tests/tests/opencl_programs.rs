@@ -171,6 +171,23 @@ fn a_launch_of_the_remote_policy_holds_what_it_uses_at_home() {
     }
 }
 
+/// What a launch can reach is held by pages, each once, whatever it consists of.
+#[test]
+fn a_launch_that_reaches_much_is_held_in_one_go() {
+    if !available() {
+        return;
+    }
+    let program = compile("tests/opencl/crowd.c");
+    // Of 1000 blocks of 64 bytes many share a page; of 1000 pages for reading only none touch.
+    for (what, most) in [("b", 1000), ("r", 2 * 1000 + 100)] {
+        let ran = run(command(&program, Way::Both).arg(what).env("USVM_POLICY", "remote")).well();
+        assert_eq!(ran.out, "crowd: verified\n", "{what}");
+        assert_eq!(ran.count("opencl_launches_held"), 2, "{what}: {}", ran.err);
+        let mapped = ran.count("gpu_faults");
+        assert!((1..=most).contains(&mapped), "{what}: {mapped} ranges: {}", ran.err);
+    }
+}
+
 #[test]
 fn system_memory_is_offered_where_the_device_runs_in_this_process() {
     if !available() {

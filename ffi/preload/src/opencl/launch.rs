@@ -156,10 +156,10 @@ fn held() -> MutexGuard<'static, Held> {
 /// Holds the working set where the driver's threads reach it. What is behind a pointer that lies in no block may be for
 /// reading only.
 fn hold(runtime: &Runtime, set: &WorkingSet) -> Option<usize> {
-    let wanted = |span: Span, access| Access { addr: span.start, len: span.len(), access };
-    let blocks = set.blocks.iter().map(|b| wanted(pages_of(b), GpuAccess::Write));
-    let pages = set.foreign.iter().map(|p| wanted(page_of(*p), GpuAccess::Write));
-    let mut accesses: Vec<Access> = blocks.chain(pages).collect();
+    let writes = |s: Span| Access { addr: s.start, len: s.len(), access: GpuAccess::Write };
+    let mut accesses: Vec<Access> = joined(set.blocks.iter().map(pages_of)).into_iter().map(writes).collect();
+    let blocks = accesses.len();
+    accesses.extend(joined(set.foreign.iter().map(|p| page_of(*p))).into_iter().map(writes));
     loop {
         match runtime.begin_access_at_home(STAND_IN, &accesses) {
             Ok(bracket) => {
@@ -170,7 +170,7 @@ fn hold(runtime: &Runtime, set: &WorkingSet) -> Option<usize> {
                 held.brackets.insert(number, bracket);
                 return Some(number);
             }
-            Err(Error::NotWritable { addr }) if for_reading(&mut accesses, addr) => {}
+            Err(Error::NotWritable { addr }) if for_reading(&mut accesses, blocks, addr) => {}
             Err(_) => {
                 COUNTS.launches_refused.add(1);
                 return None;
@@ -179,11 +179,20 @@ fn hold(runtime: &Runtime, set: &WorkingSet) -> Option<usize> {
     }
 }
 
-/// Asks no more to write where `addr` lies. False if nobody did.
-fn for_reading(accesses: &mut [Access], addr: u64) -> bool {
-    let there = |a: &&mut Access| a.access == GpuAccess::Write && Span::sized(a.addr, a.len).contains(addr);
-    let found = accesses.iter_mut().filter(there);
-    found.map(|a| a.access = GpuAccess::Read).count() > 0
+/// Asks no more to write where `addr` lies; if that is in none of the `blocks` that come first, in nothing that comes after
+/// them: each try holds all that it can. False if nobody did.
+fn for_reading(accesses: &mut [Access], blocks: usize, addr: u64) -> bool {
+    let writes = |a: &Access| a.access == GpuAccess::Write;
+    let there = |a: &Access| writes(a) && Span::sized(a.addr, a.len).contains(addr);
+    let foreign = accesses[blocks..].iter().any(there);
+    let mut found = false;
+    for (n, access) in accesses.iter_mut().enumerate() {
+        if there(access) || foreign && n >= blocks && writes(access) {
+            access.access = GpuAccess::Read;
+            found = true;
+        }
+    }
+    found
 }
 
 fn end(bracket: Bracket) {
@@ -223,7 +232,14 @@ fn page_of(pointer: usize) -> Span {
 }
 
 /// Sends pages to the stand-in, those that touch at once.
-fn send(runtime: &Runtime, mut spans: Vec<Span>) -> Vec<Fence> {
+fn send(runtime: &Runtime, spans: Vec<Span>) -> Vec<Fence> {
+    let whole = joined(spans.into_iter());
+    whole.iter().map(|s| runtime.prefetch(s.start, s.len(), Location::Device(STAND_IN))).collect()
+}
+
+/// The same pages in as few spans as can be, by address: small blocks share theirs.
+fn joined(spans: impl Iterator<Item = Span>) -> Vec<Span> {
+    let mut spans: Vec<Span> = spans.collect();
     spans.sort_unstable();
     let mut whole: Vec<Span> = Vec::new();
     for span in spans {
@@ -232,7 +248,7 @@ fn send(runtime: &Runtime, mut spans: Vec<Span>) -> Vec<Fence> {
             _ => whole.push(span),
         }
     }
-    whole.iter().map(|s| runtime.prefetch(s.start, s.len(), Location::Device(STAND_IN))).collect()
+    whole
 }
 
 unsafe extern "C" fn completed(_event: Handle, _status: Int, used: *mut c_void) {
