@@ -37,8 +37,8 @@ const LARGEST: usize = 1 << 40;
 const _: () = assert!(LARGEST / SPAN < SPAN);
 /// So much of the heap begins with small pages, so that a small program stays small.
 const SMALL_PAGES: usize = 32 << 20;
-/// What is taken at once for blocks of this size does not count as heap: a program that asks for much and uses little of
-/// it is still small.
+/// So much, taken at once, does not count as heap: a program that asks for much and uses little of it is still small. With
+/// what aligns them these are blocks of more than 4 MiB.
 const LARGE: usize = 8 << 20;
 
 struct Reservation {
@@ -48,7 +48,7 @@ struct Reservation {
     used: AtomicUsize,
 }
 
-/// Bytes that were opened with small pages, and how far they reach into the first reservation.
+/// Bytes of heap that were asked for in the first reservation, and how far those with small pages reach into it.
 static SMALL: AtomicUsize = AtomicUsize::new(0);
 static SMALL_END: AtomicUsize = AtomicUsize::new(0);
 

@@ -22,6 +22,9 @@
 //! # Limits
 //! Drivers of devices with memory of their own move their buffers themselves, and no device of the runtime stands for
 //! theirs yet: their launches are counted only.
+//!
+//! A driver that does not tell of the end of a launch that fails (PoCL 3.1, where an event that is waited for fails) leaves
+//! what that uses held until the exit. A launch of which a pointer leads nowhere is not held at all.
 
 use std::collections::BTreeMap;
 use std::ffi::c_void;
