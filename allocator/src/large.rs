@@ -20,7 +20,8 @@
 //! The functions have C's contracts. Blocks go back to the allocator that made them, as jemalloc finds it by address.
 #![allow(unsafe_code)]
 
-use std::ffi::{CStr, c_int, c_uint, c_void};
+use std::cell::Cell;
+use std::ffi::{c_int, c_uint, c_void};
 use std::ptr;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -28,10 +29,6 @@ use tikv_jemalloc_sys as je;
 
 use crate::slab::SLAB;
 use crate::spans::{self, SPAN};
-
-/// An arena that has no memory left takes so much at once, or what one block needs: jemalloc alone would take ever more, and
-/// where much is opened little shows what is used.
-const GROWTH: usize = 4 << 20;
 
 /// Arenas at most; there are as many as processors.
 const MOST_ARENAS: usize = 64;
@@ -41,6 +38,11 @@ static ARENAS: [AtomicU32; MOST_ARENAS] = [const { AtomicU32::new(0) }; MOST_ARE
 static HEAPS: AtomicU32 = AtomicU32::new(0);
 /// The arena for bookkeeping.
 static BOOKKEEPING: AtomicU32 = AtomicU32::new(0);
+
+thread_local! {
+    /// Whether this thread is asking jemalloc for a block of whole spans.
+    static BLOCK: Cell<bool> = const { Cell::new(false) };
+}
 
 static mut HOOKS: je::extent_hooks_t = je::extent_hooks_t {
     alloc: Some(hook_alloc),
@@ -66,7 +68,7 @@ unsafe extern "C" fn hook_alloc(
     if !wanted.is_null() {
         return ptr::null_mut();
     }
-    match spans::take(size, align) {
+    match spans::take(size, align, BLOCK.get()) {
         Some(at) => {
             // SAFETY: jemalloc passes two flags of its own. Fresh spans are zero, readable and writable.
             unsafe {
@@ -153,37 +155,7 @@ fn create() -> Option<c_uint> {
             size_of::<ArenaConfig>(),
         )
     };
-    if failed != 0 {
-        return None;
-    }
-    // Without it only more is opened than is used.
-    let mut most = GROWTH;
-    let limit = c"arena.0.retain_grow_limit";
-    if let Some(mut name) = of_arenas(limit) {
-        name[1] = arena as usize;
-        // SAFETY: it takes a size and gives none.
-        unsafe {
-            let new = (&raw mut most).cast();
-            je::mallctlbymib(
-                name.as_ptr(),
-                name.len(),
-                ptr::null_mut(),
-                ptr::null_mut(),
-                new,
-                size_of::<usize>(),
-            )
-        };
-    }
-    Some(arena)
-}
-
-/// jemalloc's number for a name of three parts of which the second is an arena's number.
-fn of_arenas(name: &CStr) -> Option<[usize; 3]> {
-    let mut number = [0usize; 3];
-    let mut len = number.len();
-    // SAFETY: there is room for the name's three parts.
-    let failed = unsafe { je::mallctlnametomib(name.as_ptr(), number.as_mut_ptr(), &raw mut len) };
-    (failed == 0 && len == number.len()).then_some(number)
+    (failed == 0).then_some(arena)
 }
 
 /// An arena for bookkeeping.
@@ -283,7 +255,7 @@ pub(crate) fn alloc(arena: Option<Arena>, size: usize, align: usize, zero: bool)
         if size < SPAN {
             return je::mallocx(size, if zero { flags | je::MALLOCX_ZERO } else { flags }).cast();
         }
-        let block: *mut u8 = je::mallocx(size, flags).cast();
+        let block: *mut u8 = as_block(|| je::mallocx(size, flags)).cast();
         if !block.is_null() {
             spans::prefer_huge_pages(block, size);
             if zero && !spans::drop_pages(block, size) {
@@ -292,6 +264,14 @@ pub(crate) fn alloc(arena: Option<Arena>, size: usize, align: usize, zero: bool)
         }
         block
     }
+}
+
+/// Asks jemalloc for a block of whole spans.
+fn as_block<T>(ask: impl FnOnce() -> T) -> T {
+    BLOCK.set(true);
+    let block = ask();
+    BLOCK.set(false);
+    block
 }
 
 /// Frees a block of jemalloc's; nothing happens for null.
@@ -324,13 +304,17 @@ pub(crate) unsafe fn resize(arena: Option<Arena>, block: *mut u8, size: usize, a
     unsafe {
         let old = je::malloc_usable_size(block.cast());
         if old < SPAN || size <= old {
-            let new: *mut u8 = je::rallocx(block.cast(), size, flags).cast();
+            let new: *mut u8 = match size < SPAN {
+                true => je::rallocx(block.cast(), size, flags),
+                false => as_block(|| je::rallocx(block.cast(), size, flags)),
+            }
+            .cast();
             if !new.is_null() && old < SPAN && size >= SPAN {
                 spans::prefer_huge_pages(new, size);
             }
             return new;
         }
-        if je::xallocx(block.cast(), size, 0, flags) >= size {
+        if as_block(|| je::xallocx(block.cast(), size, 0, flags)) >= size {
             return block;
         }
         let new = alloc(arena, size, align, false);
@@ -348,13 +332,19 @@ pub(crate) unsafe fn resize(arena: Option<Arena>, block: *mut u8, size: usize, a
 
 /// Returns all free memory to the system now.
 pub(crate) fn purge() {
-    let Some(mut name) = of_arenas(c"arena.0.purge") else { return };
-    for arena in ARENAS.iter().chain([&BOOKKEEPING]).map(|a| a.load(Ordering::Acquire)).filter(|a| *a != 0) {
-        name[1] = arena as usize;
-        // SAFETY: it takes and gives nothing.
-        unsafe {
-            je::mallctlbymib(name.as_ptr(), name.len(), ptr::null_mut(), ptr::null_mut(), ptr::null_mut(), 0)
-        };
+    let mut path = [0usize; 3];
+    let mut len = path.len();
+    // SAFETY: "arena.<i>.purge" has three parts, of which the second is the arena's number; it takes and gives nothing.
+    unsafe {
+        if je::mallctlnametomib(c"arena.0.purge".as_ptr(), path.as_mut_ptr(), &raw mut len) != 0 {
+            return;
+        }
+        for arena in
+            ARENAS.iter().chain([&BOOKKEEPING]).map(|a| a.load(Ordering::Acquire)).filter(|a| *a != 0)
+        {
+            path[1] = arena as usize;
+            je::mallctlbymib(path.as_ptr(), len, ptr::null_mut(), ptr::null_mut(), ptr::null_mut(), 0);
+        }
     }
 }
 

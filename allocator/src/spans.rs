@@ -37,9 +37,6 @@ const LARGEST: usize = 1 << 40;
 const _: () = assert!(LARGEST / SPAN < SPAN);
 /// So much of the heap begins with small pages, so that a small program stays small.
 const SMALL_PAGES: usize = 32 << 20;
-/// So much, taken at once, does not count as heap: a program that asks for much and uses little of it is still small. With
-/// what aligns them these are blocks of more than 4 MiB.
-const LARGE: usize = 8 << 20;
 
 struct Reservation {
     /// Where it begins, a multiple of [`SPAN`], and in the low bits its length in spans; 0 before there is one.
@@ -48,7 +45,7 @@ struct Reservation {
     used: AtomicUsize,
 }
 
-/// Bytes of heap that were asked for in the first reservation, and how far those with small pages reach into it.
+/// Bytes that were opened in the first reservation, but for blocks of whole spans, and how far small pages reach into it.
 static SMALL: AtomicUsize = AtomicUsize::new(0);
 static SMALL_END: AtomicUsize = AtomicUsize::new(0);
 
@@ -98,8 +95,9 @@ pub(crate) fn owns(at: usize) -> bool {
     RESERVATIONS.iter().map_while(Reservation::get).any(|(base, len)| at.wrapping_sub(base) < len)
 }
 
-/// Opens `size` bytes at a multiple of `align` (both powers or multiples of [`SPAN`]); `None` when there is no room.
-pub(crate) fn take(size: usize, align: usize) -> Option<*mut u8> {
+/// Opens `size` bytes at a multiple of `align` (both powers or multiples of [`SPAN`]); `None` when there is no room. `block`: for
+/// a block of whole spans, which does not count as heap: a program that asks for much and uses little of it is still small.
+pub(crate) fn take(size: usize, align: usize, block: bool) -> Option<*mut u8> {
     let (size, align) = (size.checked_next_multiple_of(SPAN)?, align.max(SPAN));
     let least = size.checked_add(align - SPAN)?;
     for (index, reservation) in RESERVATIONS.iter().enumerate() {
@@ -107,9 +105,16 @@ pub(crate) fn take(size: usize, align: usize) -> Option<*mut u8> {
             return None;
         }
         if let Some(cut) = reservation.cut(size, align) {
-            let opened = open(cut.at, size, index == 0 && is_small(cut.after, size));
+            let heap = if index == 0 && !block { size } else { 0 };
+            let left = SMALL_PAGES.saturating_sub(SMALL.fetch_add(heap, Ordering::Relaxed));
+            let small = left.min(heap);
+            if small > 0 {
+                SMALL_END.fetch_max(cut.after - size + small, Ordering::Relaxed);
+            }
+            let opened = open(cut.at, size, small);
             if opened.is_none() {
                 reservation.uncut(&cut);
+                SMALL.fetch_sub(heap, Ordering::Relaxed);
             }
             return opened;
         }
@@ -120,15 +125,6 @@ pub(crate) fn take(size: usize, align: usize) -> Option<*mut u8> {
 /// The first reservation's begin and length.
 pub(crate) fn first() -> Option<(usize, usize)> {
     RESERVATIONS.first()?.get()
-}
-
-/// Whether `size` bytes that end at `end` in the first reservation shall begin with small pages.
-fn is_small(end: usize, size: usize) -> bool {
-    let small = size < LARGE && SMALL.fetch_add(size, Ordering::Relaxed) < SMALL_PAGES;
-    if small {
-        SMALL_END.fetch_max(end, Ordering::Relaxed);
-    }
-    small
 }
 
 /// Whether `at`, in the first reservation or any other, can be where small pages are.
@@ -178,17 +174,17 @@ pub(crate) unsafe fn open_apart(at: *mut u8, size: usize) -> bool {
     unsafe { protect(at, size, libc::PROT_READ | libc::PROT_WRITE) }
 }
 
-/// Makes the span usable.
-fn open(at: usize, size: usize, small: bool) -> Option<*mut u8> {
+/// Makes spans usable, the first `small` bytes without huge pages.
+fn open(at: usize, size: usize, small: usize) -> Option<*mut u8> {
     let at = ptr::with_exposed_provenance_mut::<u8>(at);
     // SAFETY: the bytes belong to a reservation of ours and were given out just now, to us.
     unsafe {
         if !protect(at, size, libc::PROT_READ | libc::PROT_WRITE) {
             return None;
         }
-        if !small {
+        if small < size {
             // Without huge pages it only gets slower.
-            advise(at, size, libc::MADV_HUGEPAGE);
+            advise(at.add(small), size - small, libc::MADV_HUGEPAGE);
         }
     }
     Some(at)

@@ -34,5 +34,15 @@ fn blocks_of_whole_ranges_ask_for_huge_pages_however_they_came_to_be() {
         assert!(asked(grown.cast()), "grown from below");
         usvm_alloc::free(made);
         usvm_alloc::free(grown);
+
+        // A program that asks for much and uses little of it stays on small pages, until its heap is large.
+        let ample: Vec<_> = (0..4).map(|_| usvm_alloc::malloc(16 << 20)).collect();
+        let heap: Vec<_> = (0..128).map(|_| usvm_alloc::malloc(1 << 20)).collect();
+        assert!(ample.iter().all(|block| asked(block.cast())));
+        let asked = heap.iter().map(|block| asked(block.cast())).collect::<Vec<_>>();
+        let small = asked.iter().filter(|asked| !**asked).count();
+        // Some begin in what was left over beside the others.
+        assert!((16..=32).contains(&small), "{small} of {asked:?}");
+        ample.into_iter().chain(heap).for_each(|block| usvm_alloc::free(block));
     }
 }
