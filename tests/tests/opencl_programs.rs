@@ -3,8 +3,6 @@
 
 mod opencl;
 
-use std::time::{Duration, Instant};
-
 use opencl::{Ran, WAYS, Way, command, compile, compile_with, library, root, run};
 use usvm_tests::isolated::skipped;
 
@@ -151,19 +149,21 @@ fn a_launch_of_the_remote_policy_holds_what_it_uses_at_home() {
     }
     let program = compile("tests/opencl/hold.c");
     let held = |what: &str| {
-        let begun = Instant::now();
         let ran = run(command(&program, Way::Both).arg(what).env("USVM_POLICY", "remote")).well();
         assert_eq!(ran.out, if what == "x" { "hold: left\n" } else { "hold: verified\n" }, "{what}");
         assert_eq!(ran.count("opencl_launches_held"), 2, "{what}: {}", ran.err);
         assert_eq!(ran.count("opencl_launches_migrated"), 0, "{what}: {}", ran.err);
-        // What holds memory to the end would make the runtime's end wait for it.
-        assert!(begun.elapsed() < Duration::from_secs(8), "{what}: {:?}", begun.elapsed());
         ran.count("cpu_faults")
     };
     // 8 MiB are four ranges; the program has other memory that may be in one of them.
     let (without, during, after) = (held("-"), held("h"), held("e"));
     assert!(during < without + 4 && after >= without + 4, "{without} faults, {during}, {after}");
     held("x");
+    let ran = run(command(&program, Way::Both)
+        .arg("x")
+        .env("USVM_POLICY", "remote")
+        .env("USVM_DEVICE", "sim:arc-a770"));
+    assert_eq!(ran.well().out, "hold: left\n", "on a device that cannot fault");
     for asked in [&[("USVM_POLICY", "remote"), ("USVM_CHAOS", "2000,5")], MOVING[1]] {
         let ran = run(command(&program, Way::Both).arg("he").envs(asked.iter().copied())).well();
         assert_eq!(ran.out, "hold: verified\n", "{asked:?}");

@@ -10,14 +10,11 @@
 //! With the policy `remote` nothing is to move: each launch is a bracket then. Its working set is in the host's memory, mapped
 //! for usvm's device, from before the driver hears of the launch until its event is complete
 //! ([`Runtime::begin_access_at_home`]); neither chaos nor a hint takes it away meanwhile. Programs need not wait for their
-//! launches: what is still held at exit is let go of there.
+//! launches: what is held at home when the process ends holds up nothing.
 //!
 //! With the other policies nothing is *held* on usvm's device: the driver's threads are CPU threads, whose accesses would wait
 //! for the end of a bracket that ends when they are done; and the working set can contain pages of the very thread that
 //! launches, its stack or the pages that small blocks share with the rest of the heap.
-//!
-//! # Locking
-//! One lock around the table of launches that are held, never kept over a call into the runtime or a driver.
 //!
 //! # Limits
 //! Drivers of devices with memory of their own move their buffers themselves, and no device of the runtime stands for
@@ -26,9 +23,7 @@
 //! A driver that does not tell of the end of a launch that fails (PoCL 3.1, where an event that is waited for fails) leaves
 //! what that uses held until the exit. A launch of which a pointer leads nowhere is not held at all.
 
-use std::collections::BTreeMap;
 use std::ffi::c_void;
-use std::sync::{Mutex, MutexGuard};
 
 use usvm::ground::addr::Span;
 use usvm::{Access, Bracket, Error, Fence, GpuAccess, Hint, Location, Runtime};
@@ -56,8 +51,8 @@ pub struct Launch {
 enum Used {
     /// It was sent to the stand-in, and goes there again.
     Moved(WorkingSet),
-    /// It is held, by this number in [`HELD`].
-    Held(usize),
+    /// It is held.
+    Held(Bracket),
 }
 
 impl Launch {
@@ -136,29 +131,15 @@ impl Used {
 
     /// There is no launch, or none whose end will be told.
     fn give_up(self) {
-        let Used::Held(number) = self else { return };
-        let bracket = held().brackets.remove(&number);
-        if let Some(bracket) = bracket {
-            end(bracket);
+        if let (Used::Held(bracket), Some(runtime)) = (self, settings::runtime()) {
+            let _ = runtime.end_access(bracket);
         }
     }
 }
 
-/// The brackets of launches that are not complete.
-struct Held {
-    brackets: BTreeMap<usize, Bracket>,
-    next: usize,
-}
-
-static HELD: Mutex<Held> = Mutex::new(Held { brackets: BTreeMap::new(), next: 0 });
-
-fn held() -> MutexGuard<'static, Held> {
-    HELD.lock().unwrap_or_else(|p| p.into_inner())
-}
-
 /// Holds the working set where the driver's threads reach it. What is behind a pointer that lies in no block may be for
 /// reading only.
-fn hold(runtime: &Runtime, set: &WorkingSet) -> Option<usize> {
+fn hold(runtime: &Runtime, set: &WorkingSet) -> Option<Bracket> {
     let writes = |s: Span| Access { addr: s.start, len: s.len(), access: GpuAccess::Write };
     let mut accesses: Vec<Access> = joined(set.blocks.iter().map(pages_of)).into_iter().map(writes).collect();
     let blocks = accesses.len();
@@ -167,11 +148,7 @@ fn hold(runtime: &Runtime, set: &WorkingSet) -> Option<usize> {
         match runtime.begin_access_at_home(STAND_IN, &accesses) {
             Ok(bracket) => {
                 COUNTS.launches_held.add(1);
-                let mut held = held();
-                held.next += 1;
-                let number = held.next;
-                held.brackets.insert(number, bracket);
-                return Some(number);
+                return Some(bracket);
             }
             Err(Error::NotWritable { addr }) if for_reading(&mut accesses, blocks, addr) => {}
             Err(_) => {
@@ -196,19 +173,6 @@ fn for_reading(accesses: &mut [Access], blocks: usize, addr: u64) -> bool {
         }
     }
     found
-}
-
-fn end(bracket: Bracket) {
-    if let Some(runtime) = settings::runtime() {
-        let _ = runtime.end_access(bracket);
-    }
-}
-
-/// The process ends: launches that are not complete hold nothing any more. A forked child may have inherited the lock from a
-/// thread that does not exist here, and holds nothing.
-pub fn end_all() {
-    let brackets = HELD.try_lock().map(|mut held| std::mem::take(&mut held.brackets));
-    brackets.unwrap_or_default().into_values().for_each(end);
 }
 
 /// The runtime, if memory is to move for this queue's device.

@@ -12,8 +12,8 @@ use usvm::ground::config::Origin;
 use usvm::ground::thread;
 use usvm::{Config, Runtime};
 
+use super::loaders;
 use super::stats::Report;
-use super::{launch, loaders};
 
 /// What the layer does.
 #[derive(Debug, Clone, Copy)]
@@ -121,6 +121,5 @@ extern "C" fn show_at_exit() {
 }
 
 extern "C" fn release() {
-    launch::end_all();
     let _ = usvm_capi::process::release();
 }
