@@ -9,7 +9,8 @@
 //! [`Space::collect_garbage`] is the second example: it takes each range off the list, lets the caller bring the
 //! remaining pages of a partly unmapped one home and unbind it, and removes it. It must run before a device access is
 //! served, or the access finds the old range; a second collector waits until the ranges of the first are removed, so
-//! that both can go on to find_or_insert.
+//! that both can go on to find_or_insert. Ranges that the caller wants kept for a while are set aside until it says that they
+//! may go.
 //!
 //! # Locking
 //! The callback of `invalidate` runs with the space's update lock held for read and the notifier's for write: it may
@@ -27,7 +28,7 @@ use crate::ground::addr::Span;
 use crate::ground::error::Result;
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex};
 
 /// What happened to a mapping (enum mmu_notifier_event).
@@ -141,9 +142,19 @@ impl<R> Space<R> {
     ///
     /// # Errors
     /// The first that `f` gives. Its range stays in the space and on the list, for the next call.
-    pub fn collect_garbage(&self, mut f: impl FnMut(&Arc<Range<R>>) -> Result<()>) -> Result<usize> {
+    pub fn collect_garbage(&self, f: impl FnMut(&Arc<Range<R>>) -> Result<()>) -> Result<usize> {
+        self.collect_garbage_but(|_| false, f)
+    }
+
+    /// As [`Space::collect_garbage`], but sets aside what is `kept`: not removed, not counted as waiting and not looked at
+    /// again until [`Space::no_longer_kept`]. `kept` runs with the list locked. A range that was unmapped never becomes kept again.
+    pub fn collect_garbage_but(
+        &self,
+        kept: impl Fn(&Range<R>) -> bool,
+        mut f: impl FnMut(&Arc<Range<R>>) -> Result<()>,
+    ) -> Result<usize> {
         let mut removed = 0;
-        while let Some(mut item) = self.garbage.take() {
+        while let Some(mut item) = self.garbage.take(&kept) {
             let Some(range) = &item.range else { break };
             if !range.flags().contains(RangeFlags::REMOVED) {
                 f(range)?;
@@ -152,6 +163,11 @@ impl<R> Space<R> {
             item.range = None;
         }
         Ok(removed)
+    }
+
+    /// Nothing that [`Space::collect_garbage_but`] asks about keeps `range` any more: if it was set aside it is collected.
+    pub fn no_longer_kept(&self, range: &Arc<Range<R>>) {
+        self.garbage.put_back(range);
     }
 
     /// Ranges that wait for the garbage collector, or are in its hands.
@@ -165,6 +181,8 @@ impl<R> Space<R> {
 pub(super) struct Garbage<R> {
     /// Ranges on the list or in a collector's hands, so that the usual "nothing" takes no lock.
     pending: AtomicUsize,
+    /// Ranges set aside, for the same reason.
+    aside: AtomicUsize,
     list: Mutex<Waiting<R>>,
     /// Signalled when a collector lets go of a range.
     settled: Condvar,
@@ -173,6 +191,8 @@ pub(super) struct Garbage<R> {
 #[derive(Debug)]
 struct Waiting<R> {
     ranges: VecDeque<Arc<Range<R>>>,
+    /// Ranges that are kept for a while.
+    aside: Vec<Arc<Range<R>>>,
     /// Ranges in collectors' hands.
     taken: usize,
 }
@@ -185,8 +205,8 @@ struct Taken<'a, R> {
 
 impl<R> Garbage<R> {
     pub fn new() -> Self {
-        let list = Mutex::new(Waiting { ranges: VecDeque::new(), taken: 0 });
-        Self { pending: AtomicUsize::new(0), list, settled: Condvar::new() }
+        let list = Mutex::new(Waiting { ranges: VecDeque::new(), aside: Vec::new(), taken: 0 });
+        Self { pending: AtomicUsize::new(0), aside: AtomicUsize::new(0), list, settled: Condvar::new() }
     }
 
     fn push(&self, range: Arc<Range<R>>) {
@@ -195,13 +215,18 @@ impl<R> Garbage<R> {
     }
 
     /// The head of the list. When all are in other hands, waits until they are settled; `None` when none is left.
-    fn take(&self) -> Option<Taken<'_, R>> {
+    fn take(&self, kept: &impl Fn(&Range<R>) -> bool) -> Option<Taken<'_, R>> {
         if self.pending.load(Ordering::Acquire) == 0 {
             return None;
         }
         let mut list = lock(&self.list);
         loop {
             if let Some(range) = list.ranges.pop_front() {
+                if self.is_kept(&range, kept) {
+                    list.aside.push(range);
+                    self.pending.fetch_sub(1, Ordering::AcqRel);
+                    continue;
+                }
                 list.taken += 1;
                 return Some(Taken { garbage: self, range: Some(range) });
             }
@@ -212,9 +237,38 @@ impl<R> Garbage<R> {
         }
     }
 
+    /// Whether the range is to be set aside. Who ends what keeps it looks at `aside` afterwards: one of the two sees the other.
+    fn is_kept(&self, range: &Range<R>, kept: &impl Fn(&Range<R>) -> bool) -> bool {
+        self.aside.fetch_add(1, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        let is_kept = kept(range);
+        if !is_kept {
+            self.aside.fetch_sub(1, Ordering::SeqCst);
+        }
+        is_kept
+    }
+
+    fn put_back(&self, range: &Arc<Range<R>>) {
+        fence(Ordering::SeqCst);
+        if self.aside.load(Ordering::SeqCst) == 0 {
+            return;
+        }
+        let mut list = lock(&self.list);
+        if let Some(at) = list.aside.iter().position(|other| Arc::ptr_eq(other, range)) {
+            let range = list.aside.swap_remove(at);
+            list.ranges.push_back(range);
+            self.pending.fetch_add(1, Ordering::AcqRel);
+            self.aside.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+
     /// Drops the list.
     pub fn clear(&self) {
-        let ranges = std::mem::take(&mut lock(&self.list).ranges);
+        let mut list = lock(&self.list);
+        self.aside.fetch_sub(list.aside.len(), Ordering::SeqCst);
+        let (ranges, aside) = (std::mem::take(&mut list.ranges), std::mem::take(&mut list.aside));
+        drop(list);
+        drop(aside);
         self.pending.fetch_sub(ranges.len(), Ordering::AcqRel);
     }
 }

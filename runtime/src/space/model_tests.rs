@@ -604,6 +604,24 @@ mod garbage {
     }
 
     #[test]
+    fn what_is_kept_is_set_aside_until_it_may_go() {
+        let space = with_garbage(3);
+        let second = space.find(MIDDLE + SZ_2M).unwrap();
+        let collect = |kept: bool| {
+            space.collect_garbage_but(|range| kept && range.start() == second.start(), |_| Ok(()))
+        };
+        space.no_longer_kept(&second);
+        assert_eq!((collect(true), space.garbage_len(), space.range_count()), (Ok(2), 0, 1));
+        assert_eq!(collect(false), Ok(0), "nobody said that it may go");
+        space.no_longer_kept(&second);
+        assert_eq!((space.garbage_len(), collect(true), space.garbage_len()), (1, Ok(0), 0));
+        space.no_longer_kept(&second);
+        assert_eq!((collect(false), space.range_count()), (Ok(1), 0));
+        space.no_longer_kept(&second);
+        assert_eq!(space.garbage_len(), 0);
+    }
+
+    #[test]
     fn a_panic_keeps_the_range_too() {
         let space = with_garbage(1);
         let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
