@@ -339,3 +339,203 @@ fn a_bracket_at_home_waits_for_one_on_the_device() {
         mem.check(3);
     }
 }
+
+/// What the program changes of memory that work holds elsewhere in it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Change {
+    Drop,
+    Unmap,
+    Move,
+}
+
+const CHANGES: [Change; 3] = [Change::Drop, Change::Unmap, Change::Move];
+
+/// The page that is changed, and how far from the start of its memory.
+const CHANGED: u64 = 5 * K4;
+
+impl Change {
+    /// Changes one page of `mem`, and gives where its contents are now.
+    fn make(self, mem: &Mem, elsewhere: &Mem) -> Option<u64> {
+        let (page, len) = (mem.ptr(CHANGED), K4 as usize);
+        match self {
+            Change::Drop => {
+                // SAFETY: the test's own memory, which nothing borrows.
+                assert_eq!(unsafe { libc::madvise(page, len, libc::MADV_DONTNEED) }, 0);
+                None
+            }
+            Change::Unmap => {
+                // SAFETY: as above; nobody uses the page any more.
+                assert_eq!(unsafe { libc::munmap(page, len) }, 0);
+                None
+            }
+            Change::Move => {
+                let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+                let to = elsewhere.ptr(K64);
+                // SAFETY: as above; what is replaced is the test's own, too.
+                assert_eq!(unsafe { libc::mremap(page, len, len, flags, to) }, to);
+                Some(to as u64)
+            }
+        }
+    }
+
+    /// Checks the changed page: its words were `before`, those of the rest are `after`, of which the program wrote nothing.
+    fn check(self, mem: &Mem, moved: Option<u64>, before: u64, after: u64) {
+        mem.check_words(0, CHANGED, |i| value(after, i));
+        mem.check_words(CHANGED + K4, mem.len - CHANGED - K4, |i| value(after, i));
+        if self == Change::Drop {
+            mem.check_words(CHANGED, K4, |_| 0);
+        }
+        if let Some(to) = moved {
+            for i in 0..K4 / 8 {
+                // SAFETY: where the page was moved to.
+                let got = unsafe { std::ptr::read_volatile((to + i * 8) as *const u64) };
+                assert_eq!(got, value(before, CHANGED / 8 + i), "word {i} of the page that was moved");
+            }
+        }
+    }
+}
+
+/// All of `[at, at + len)` but the changed page.
+fn rest(at: u64, len: u64) -> [(u64, u64); 2] {
+    [(at, CHANGED), (at + CHANGED + K4, len - CHANGED - K4)]
+}
+
+/// Writes all but the changed page, twice, so that what it wrote first is read by itself.
+fn use_the_rest(gpu: &mut Gpu<'_>, at: u64, len: u64, before: u64, after: u64) -> usvm::Result<()> {
+    rest(at, len).into_iter().try_for_each(|(from, len)| {
+        gpu_check(gpu, from, len, (from - at) / 8, before)?;
+        gpu_fill(gpu, from, len, (from - at) / 8, after)?;
+        gpu_check(gpu, from, len, (from - at) / 8, after)
+    })
+}
+
+/// The program changes a part that work does not use. What else of the same range it holds stays.
+#[test]
+fn work_keeps_what_it_holds_when_another_part_is_changed() {
+    let _alone = alone("another part", 120);
+    let runtime = without_faults(&[16 * M2]);
+    for change in CHANGES {
+        let (mem, elsewhere) = (Mem::filled(2 * M2, 1), Mem::small(M2));
+        let (at, len) = (mem.at, mem.len);
+        let work = Work::begin(&runtime, 0, &[writes(at, len)], move |gpu| use_the_rest(gpu, at, len, 1, 2));
+        assert_eq!(runtime.residence(at, len).unwrap().device, len);
+        let moved = change.make(&mem, &elsewhere);
+        runtime.barrier().unwrap();
+        assert!(runtime.residence(at, len).unwrap().device >= len - M2, "{change:?}");
+        if change == Change::Drop {
+            mem.check_words(CHANGED, K4, |_| 0);
+        }
+        work.end().unwrap_or_else(|e| panic!("{change:?}: {e}"));
+        change.check(&mem, moved, 1, 2);
+        // Afterwards all is as it was: it goes to the device again.
+        for (from, len) in rest(at, len) {
+            let pass = move |gpu: &mut Gpu<'_>| gpu_fill(gpu, from, len, (from - at) / 8, 3);
+            runtime.launch_with(0, &[writes(from, len)], pass).wait(None).unwrap();
+        }
+        change.check(&mem, moved, 1, 3);
+    }
+}
+
+/// As above, of what work reaches over the link.
+#[test]
+fn work_keeps_what_it_reaches_over_the_link_when_another_part_is_changed() {
+    let _alone = alone("another part over the link", 120);
+    let runtime = without_faults(&[16 * M2]);
+    for change in CHANGES {
+        let (mem, elsewhere) = (Mem::huge(2 * M2), Mem::small(M2));
+        // What was on a device is watched.
+        to_device(&runtime, &mem, 1);
+        mem.check(1);
+        let (at, len) = (mem.at, mem.len);
+        let bracket = runtime.begin_access_at_home(0, &[writes(at, len)]).unwrap();
+        let work = Work::begin(&runtime, 0, &[], move |gpu| use_the_rest(gpu, at, len, 1, 2));
+        let moved = change.make(&mem, &elsewhere);
+        runtime.barrier().unwrap();
+        work.end().unwrap_or_else(|e| panic!("{change:?}: {e}"));
+        runtime.end_access(bracket).unwrap();
+        change.check(&mem, moved, 1, 2);
+    }
+}
+
+/// As above, of a copy for reading.
+#[test]
+fn work_keeps_the_copy_it_reads_when_another_part_is_changed() {
+    let _alone = alone("another part of a copy", 120);
+    let runtime = without_faults_by(Config::default(), &[16 * M2]);
+    for change in CHANGES {
+        let (mem, elsewhere) = (Mem::filled(2 * M2, 1), Mem::small(M2));
+        let (at, len) = (mem.at, mem.len);
+        runtime.advise(at, len, Hint::ReadMostly(true)).unwrap();
+        let read_rest = move |gpu: &mut Gpu<'_>, seed| {
+            rest(at, len)
+                .into_iter()
+                .try_for_each(|(from, len)| gpu_check(gpu, from, len, (from - at) / 8, seed))
+        };
+        let work = Work::begin(&runtime, 0, &[reads(at, len)], move |gpu| read_rest(gpu, 1));
+        assert_eq!(runtime.residence(at, len).unwrap().shared, len);
+        let moved = change.make(&mem, &elsewhere);
+        runtime.barrier().unwrap();
+        work.end().unwrap_or_else(|e| panic!("{change:?}: {e}"));
+        change.check(&mem, moved, 1, 1);
+        // The next copy knows what changed.
+        for (from, len) in rest(at, len) {
+            let pass = move |gpu: &mut Gpu<'_>| gpu_check(gpu, from, len, (from - at) / 8, 1);
+            runtime.launch_with(0, &[reads(from, len)], pass).wait(None).unwrap();
+        }
+        if change == Change::Drop {
+            let word = at + CHANGED;
+            let zero = move |gpu: &mut Gpu<'_>| {
+                (gpu.load_u64(word)? == 0).then_some(()).ok_or(Error::Gone { addr: word })
+            };
+            runtime.launch_with(0, &[reads(at, len)], zero).wait(None).unwrap();
+        }
+    }
+}
+
+/// A launch inside a bracket, of whose memory a part was unmapped, uses the rest and waits for nobody.
+#[test]
+fn a_launch_inside_a_bracket_does_not_wait_for_its_end() {
+    let _alone = alone("inside a bracket", 60);
+    let runtime = without_faults(&[16 * M2]);
+    for change in CHANGES {
+        let (mem, elsewhere) = (Mem::filled(2 * M2, 1), Mem::small(M2));
+        let (at, len) = (mem.at, mem.len);
+        let bracket = runtime.begin_access(0, &[writes(at, len)]).unwrap();
+        let moved = change.make(&mem, &elsewhere);
+        let accesses = rest(at, len).map(|(at, len)| writes(at, len));
+        let fence = runtime.launch_with(0, &accesses, move |gpu| use_the_rest(gpu, at, len, 1, 2));
+        assert!(fence.wait(Some(Duration::from_secs(5))).unwrap(), "{change:?}");
+        runtime.end_access(bracket).unwrap();
+        change.check(&mem, moved, 1, 2);
+    }
+}
+
+/// Launches begin and end while another thread changes a page beside what they use.
+#[test]
+fn no_launch_loses_anything_to_changes_beside_it() {
+    let _alone = alone("changes beside it", 120);
+    let runtime = without_faults(&[4 * M2]);
+    const LAUNCHES: u64 = 4;
+    for round in 0..90 {
+        let change = CHANGES[round as usize % CHANGES.len()];
+        let (mem, elsewhere) = (Mem::filled(M2, 1), Mem::small(M2));
+        let (at, len, begun) = (mem.at, mem.len, AtomicBool::new(false));
+        let moved = std::thread::scope(|scope| {
+            let changing = scope.spawn(|| {
+                while !begun.load(Relaxed) {
+                    std::hint::spin_loop();
+                }
+                std::thread::sleep(Duration::from_micros(round * 100));
+                change.make(&mem, &elsewhere)
+            });
+            for seed in 1..=LAUNCHES {
+                let pass = move |gpu: &mut Gpu<'_>| use_the_rest(gpu, at, len, seed, seed + 1);
+                let fence = runtime.launch_with(0, &rest(at, len).map(|(at, len)| writes(at, len)), pass);
+                begun.store(true, Relaxed);
+                fence.wait(None).unwrap_or_else(|e| panic!("{change:?}, launch {seed}: {e}"));
+            }
+            changing.join().unwrap()
+        });
+        change.check(&mem, moved, 1, LAUNCHES + 1);
+    }
+}

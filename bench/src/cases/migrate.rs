@@ -36,7 +36,7 @@ pub fn to_device(runtime: &Runtime, addr: u64, access: GpuAccess) -> Result<f64>
         let begin = Instant::now();
         let held = svm.gpu_access(0, addr, 1, Want::fault(access))?;
         let took = begin.elapsed();
-        svm.release(&held);
+        svm.release(0, &held);
         Ok(took.as_nanos() as f64 / 1000.0)
     })?)
 }

@@ -37,7 +37,8 @@ pub struct Bracket(Arc<Mutex<State>>);
 #[derive(Debug)]
 enum State {
     Beginning,
-    Held(Vec<Arc<Range>>),
+    /// By this device.
+    Held(u32, Vec<Arc<Range>>),
     Ended,
 }
 
@@ -101,8 +102,8 @@ impl Runtime {
         let svm = inner.svm.clone();
         inner.control.end(move || {
             let mut state = bracket.0.lock().unwrap_or_else(PoisonError::into_inner);
-            if let State::Held(held) = std::mem::replace(&mut *state, State::Ended) {
-                svm.release(&held);
+            if let State::Held(device, held) = std::mem::replace(&mut *state, State::Ended) {
+                svm.release(device, &held);
             }
             Ok(())
         })
@@ -138,8 +139,8 @@ impl Beginning {
             Ok(held) => {
                 let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
                 match *state {
-                    State::Ended => svm.release(&held),
-                    _ => *state = State::Held(held),
+                    State::Ended => svm.release(self.device, &held),
+                    _ => *state = State::Held(self.device, held),
                 }
                 Ok(())
             }
@@ -223,7 +224,7 @@ fn hold(
         match svm.gpu_access_holding(device, a.addr, a.len, want(a), &held) {
             Ok(more) => held.extend(more),
             Err(e) => {
-                svm.release(&held);
+                svm.release(device, &held);
                 return Err(e);
             }
         }

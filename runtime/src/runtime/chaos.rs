@@ -200,9 +200,10 @@ impl Prey {
             },
             false => want,
         };
-        let pinned = svm.gpu_access(self.dice.below(devices) as u32, page, SZ_4K, want).ok()?;
+        let device = self.dice.below(devices) as u32;
+        let pinned = svm.gpu_access(device, page, SZ_4K, want).ok()?;
         if shared {
-            svm.release(&pinned);
+            svm.release(device, &pinned);
         }
         self.sent.truncate(MEMORY - 1);
         self.sent.push_front(page);
@@ -353,7 +354,7 @@ mod tests {
         // All of the device's memory is held.
         (prey.spans, prey.bytes) = (vec![Span::sized(there.end, SZ_64K)], SZ_64K);
         assert_eq!(prey.send(&host, &svm, 1), None);
-        svm.release(&held);
+        svm.release(0, &held);
         svm.close().unwrap();
         assert_eq!(data[(there.start - data.as_ptr() as u64) as usize], 8);
     }

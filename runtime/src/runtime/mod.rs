@@ -434,7 +434,7 @@ impl FaultSink for Sink {
     fn fault_done(&self) {
         let pinned = FAULT_PINS.take();
         if let Some(svm) = self.svm.upgrade() {
-            svm.release(&pinned);
+            svm.release(self.device, &pinned);
         }
     }
 }
@@ -614,18 +614,18 @@ impl Inner {
 }
 
 /// The engine thread's launch holds memory while this lives.
-struct Holding<'a>(&'a Svm);
+struct Holding<'a>(&'a Svm, u32);
 
 impl<'a> Holding<'a> {
-    fn new(svm: &'a Svm, held: Vec<Arc<Range>>) -> Self {
+    fn new(svm: &'a Svm, device: u32, held: Vec<Arc<Range>>) -> Self {
         LAUNCH_PINS.set(held);
-        Self(svm)
+        Self(svm, device)
     }
 }
 
 impl Drop for Holding<'_> {
     fn drop(&mut self) {
-        self.0.release(&LAUNCH_PINS.take());
+        self.0.release(self.1, &LAUNCH_PINS.take());
     }
 }
 
@@ -732,7 +732,7 @@ impl Runtime {
                 svm.barrier();
                 let held = hold_for_launch(&svm, device, &accesses)?;
                 // Also when the kernel panics.
-                let held = Holding::new(&svm, held);
+                let held = Holding::new(&svm, device, held);
                 let result = kernel(gpu);
                 drop(held);
                 observer.launched(device, started);

@@ -40,7 +40,7 @@ impl World {
         let addr = BASE + page * SZ_4K;
         if self.device.engine(addr, |_| None) == Engine::Faults {
             let pinned = self.svm.gpu_access(0, addr, SZ_4K, Want::fault(GpuAccess::Write)).unwrap();
-            self.svm.release(&pinned);
+            self.svm.release(0, &pinned);
             assert!(matches!(self.device.engine(addr, |_| None), Engine::Value(_)));
         }
     }
@@ -105,7 +105,7 @@ fn announced_uses_count() {
     for page in [0, 2, 4] {
         let want = Want::launch(GpuAccess::Write);
         let pinned = world.svm.gpu_access(0, BASE + page * SZ_4K, SZ_4K, want).unwrap();
-        world.svm.release(&pinned);
+        world.svm.release(0, &pinned);
     }
     (8..11).for_each(|page| world.uses(page));
     assert_eq!(world.gone(0..8), [1, 3, 5]);
@@ -115,9 +115,9 @@ fn announced_uses_count() {
 fn shared_copies_go_first_and_make_nothing_else_warm() {
     let world = World::new(6, 16);
     (0..3).for_each(|page| world.uses(page));
-    (3..6).for_each(|page| world.svm.release(&world.shares(page)));
+    (3..6).for_each(|page| world.svm.release(0, &world.shares(page)));
     // Of the copies, the one that was used again goes last.
-    world.svm.release(&world.shares(3));
+    world.svm.release(0, &world.shares(3));
     for (n, left) in [4, 5, 3, 0, 1, 2].into_iter().enumerate() {
         world.uses(8 + n as u64);
         assert!(!world.there(left), "eviction {n} took another than {left}: {:?} are gone", world.gone(0..6));
@@ -129,7 +129,7 @@ fn shared_copies_go_first_and_make_nothing_else_warm() {
 fn copies_in_use_are_passed_over_and_the_last_resort_finds_the_others() {
     let world = World::new(64, 256);
     let mut held: Vec<_> = (0..64).flat_map(|page| world.shares(page)).collect();
-    world.svm.release(&held.split_off(63));
+    world.svm.release(0, &held.split_off(63));
     let (looks, evictions) = world.looks(|| world.uses(100));
     assert!(!world.there(63) && evictions == 1 && looks <= 16 + 64, "{looks} looks");
     let refused = world.svm.gpu_access(
@@ -139,7 +139,7 @@ fn copies_in_use_are_passed_over_and_the_last_resort_finds_the_others() {
         Want { wait: false, ..Want::fault(GpuAccess::Write) },
     );
     assert!(refused.is_err(), "there is room for one of them only");
-    world.svm.release(&held);
+    world.svm.release(0, &held);
 }
 
 /// With many ranges on the device an eviction looks at few of them, whatever was used and whatever is held.
@@ -176,9 +176,9 @@ fn an_eviction_looks_at_few() {
             let addr = BASE + page * SZ_4K;
             more.extend(world.svm.gpu_access(0, addr, SZ_4K, Want::fault(GpuAccess::Write)).unwrap());
         }
-        world.svm.release(&more);
+        world.svm.release(0, &more);
     });
     assert_eq!(evictions, MORE);
     assert!(looks < MANY + MORE * 5, "{looks} looks: one at each that is held, not at all each time");
-    world.svm.release(&held);
+    world.svm.release(0, &held);
 }

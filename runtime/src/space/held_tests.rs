@@ -46,7 +46,7 @@ fn an_access_over_the_link_is_served_although_its_work_holds_the_memory() {
     assert_eq!(svm.cpu_fault(BASE, true), Served::Done);
     assert_eq!((host.touch(BASE, None), device.table().len()), (Touch::Value(7), 0));
     device.reached.store(0, Ordering::Relaxed);
-    svm.release(&held);
+    svm.release(0, &held);
 }
 
 #[test]
@@ -60,14 +60,14 @@ fn what_a_device_that_cannot_fault_holds_over_the_link_stays() {
         device.table()
     );
     assert_eq!(host.touch(BASE, None), Touch::Value(7));
-    svm.release(&held);
+    svm.release(0, &held);
     svm.gpu_access(0, BASE, SZ_4K, Want::prefetch()).unwrap();
     assert!(matches!(device.table()[..], [(BASE, Backing::Vram(_), _)]), "it goes when the work has ended");
     // Now it is on the device that work holds it: another device's engine, if any, waits for its end.
     let held = svm.gpu_access(0, BASE, SZ_4K, Want::launch(GpuAccess::Write)).unwrap();
     device.reached.store(BASE, Ordering::Relaxed);
     assert_eq!(svm.cpu_fault(BASE, true), Served::Retry(Wait::Pins));
-    svm.release(&held);
+    svm.release(0, &held);
     assert_eq!(svm.cpu_fault(BASE, true), Served::Done);
 }
 
@@ -84,10 +84,43 @@ fn what_is_held_at_home_waits_for_who_holds_it_on_the_device() {
         let there = svm.gpu_access(0, BASE, SZ_4K, Want::launch(GpuAccess::Write)).unwrap();
         assert!(matches!(holds_at_home(&svm), Err(Error::Again { .. })));
         assert!(matches!(device.table()[..], [(BASE, Backing::Vram(_), _)]), "{:?}", device.table());
-        svm.release(&there);
+        svm.release(0, &there);
         let at_home = holds_at_home(&svm).unwrap();
         assert!(matches!(device.table()[..], [(BASE, Backing::System, _)]), "{:?}", device.table());
         assert_eq!(host.touch(BASE, None), Touch::Value(7));
-        svm.release(&at_home);
+        svm.release(0, &at_home);
     }
+}
+
+/// What lost everything is nobody's: a new range can take its place at once.
+#[test]
+fn what_a_device_that_cannot_fault_holds_goes_when_nothing_is_left_of_it() {
+    let (host, device, svm) = world(false);
+    let page = Span::sized(BASE, SZ_4K);
+    let held = svm.gpu_access(0, BASE, SZ_4K, Want::launch(GpuAccess::Write)).unwrap();
+    host.unmap(page);
+    host.map(page);
+    svm.unmapped(page);
+    let again = svm.gpu_access(0, BASE, SZ_4K, Want::launch(GpuAccess::Write)).unwrap();
+    assert!(!Arc::ptr_eq(&held[0], &again[0]) && held[0].is_gone() && !again[0].is_gone());
+    svm.release(0, &held);
+    assert!(matches!(device.table()[..], [(BASE, Backing::Vram(_), GpuAccess::Write)]));
+    svm.release(0, &again);
+    // Dropped is not gone: it is used again, and held by both.
+    let held = svm.gpu_access(0, BASE, SZ_4K, Want::launch(GpuAccess::Write)).unwrap();
+    svm.discarded(page, &|| ());
+    host.zap(page);
+    assert!(device.table().is_empty());
+    let again = svm.gpu_access(0, BASE, SZ_4K, Want::launch(GpuAccess::Write)).unwrap();
+    assert!(Arc::ptr_eq(&held[0], &again[0]));
+    svm.recut(page);
+    svm.collect_garbage().unwrap();
+    svm.release(0, &held);
+    assert!(matches!(device.table()[..], [(BASE, Backing::Vram(_), GpuAccess::Write)]));
+    svm.collect_garbage().unwrap();
+    assert_eq!(svm.space.range_count(), 1, "one of two has ended");
+    svm.release(0, &again);
+    svm.collect_garbage().unwrap();
+    assert_eq!((svm.space.range_count(), device.table().len()), (0, 0));
+    assert_eq!(host.touch(BASE, None), Touch::Value(0));
 }

@@ -37,7 +37,7 @@ fn away() -> (Arc<FakeHost>, Arc<FakeDevice>, Svm, Arc<Range>) {
     for n in 0..PAGES {
         assert_eq!(device.engine(page(n), |_| Some(100 + n)), Engine::Value(n));
     }
-    svm.release(&held);
+    svm.release(0, &held);
     let range = svm.space.find(BASE).unwrap();
     (host, device, svm, range)
 }

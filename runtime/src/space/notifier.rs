@@ -235,6 +235,11 @@ impl RangeState {
         self.update(|flags, _| (flags.difference(RangeFlags::PAGES) | set, invalidation.stamp())).0
     }
 
+    /// The pages that `before` tells of were not lost in the invalidation that runs.
+    pub fn keep_pages(&self, before: RangeFlags) {
+        self.update(|flags, stamp| (flags | before.intersection(RangeFlags::PAGES), stamp));
+    }
+
     /// Forgets the pages (drm_gpusvm_range_unmap_pages); the caller keeps invalidations out.
     pub fn drop_pages(&self) -> RangeFlags {
         self.update(|flags, stamp| (flags.difference(RangeFlags::PAGES), stamp)).0

@@ -295,8 +295,8 @@ pub trait Device: Send + Sync {
     /// Maps `va` (aligned to its own size of 4K, 64K or 2M) to `backing`. Replaces what was there.
     fn bind(&self, va: Span, backing: Backing, access: GpuAccess) -> Result<()>;
 
-    /// Unmaps `va`; returns when no engine can use the old translation any more, and says whether the device
-    /// referenced the pages since they were bound.
+    /// Unmaps `va`, which may be a part of what was bound: the rest stays. Returns when no engine can use the old
+    /// translation any more, and says whether the device referenced the pages since they were bound.
     fn unbind(&self, va: Span) -> bool;
 
     /// Whether an access over the link is under way at an address of `va`, which waits if the processor does not have the

@@ -99,6 +99,11 @@ impl<R> Range<R> {
         self.flags().intersects(RangeFlags::HAS_DEVMEM_PAGES | RangeFlags::HAS_DMA_MAPPING)
     }
 
+    /// In a notifier callback: the invalidation left the devices what they had, or a part, with the rights `before` tells of.
+    pub(super) fn keep_pages(&self, before: RangeFlags) {
+        self.state.keep_pages(before);
+    }
+
     /// drm_gpusvm_range_unmap_pages outside a notifier callback: forgets that its pages were got. Gives the flags of
     /// before. (Inside one, [`super::Space::invalidate`] has done it already.)
     pub fn unmap_pages(&self) -> RangeFlags {

@@ -50,6 +50,10 @@ use crate::space::timeslice::Timeslice;
 pub struct Residency {
     state: Mutex<State>,
     pins: AtomicU32,
+    /// How many of the pins are of work on devices that cannot fault.
+    firm: AtomicU32,
+    /// Whether devices lost all of it, page by page, while such work had it.
+    emptied: AtomicBool,
     /// Whether a device may have a copy of it for reading: a hint, for who does not want to lock the state.
     copied: AtomicBool,
 }
@@ -82,6 +86,42 @@ impl Residency {
         before == 1
     }
 
+    /// As [`Residency::pin`], by work on a device that cannot fault. Called with invalidations kept out, too.
+    pub fn pin_firmly(&self) {
+        self.pin();
+        self.firm.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// As [`Residency::pin_firmly`], with nothing kept out: only where such work holds it already, and so without a moment in
+    /// which none does. `false` where none does.
+    pub fn pin_firmly_too(&self) -> bool {
+        let held = |count: u32| (count > 0).then(|| count + 1);
+        let done = self.firm.fetch_update(Ordering::AcqRel, Ordering::Acquire, held).is_ok();
+        if done {
+            self.pin();
+        }
+        done
+    }
+
+    /// The first half of the end of a [`Residency::pin_firmly`], before [`Residency::unpin`]; `true` when it was the last.
+    pub fn loosen(&self) -> bool {
+        let before = self.firm.fetch_sub(1, Ordering::AcqRel);
+        debug_assert!(before > 0, "loosened more often than pinned");
+        before == 1
+    }
+
+    /// Whether work holds some of it on a device that cannot fault.
+    pub fn is_held_firmly(&self) -> bool {
+        self.firm.load(Ordering::Acquire) > 0 && !self.emptied.load(Ordering::Acquire)
+    }
+
+    /// Devices have lost all of it: nothing is left for whoever holds it. Or one has mapped it anew.
+    pub fn set_emptied(&self, emptied: bool) {
+        if self.emptied.load(Ordering::Relaxed) != emptied {
+            self.emptied.store(emptied, Ordering::Release);
+        }
+    }
+
     /// How often it is pinned.
     pub fn pins(&self) -> u32 {
         self.pins.load(Ordering::Acquire)
@@ -108,6 +148,8 @@ impl Residency {
 pub struct State {
     /// Devices that may map the range now, one bit each.
     pub bound: u32,
+    /// Pages that were taken from these devices, where the rest was left to work that holds it.
+    pub cut: Option<Box<PageMask>>,
     /// Some who pinned it hold a part and left the range at home for the program's use of the rest. Of past pins until the next.
     pub left: bool,
     /// Residency, once the range moved.
@@ -144,6 +186,8 @@ pub struct Moved {
     pub leaving: PageMask,
     /// `bo` is a read-only copy and writes are tracked.
     pub shared: bool,
+    /// That copy has pages whose contents were dropped, unmapped or moved: it is good for the work that holds the rest.
+    pub outdated: bool,
     /// What policies decide by.
     pub history: History,
     /// How long it is to stay there.
@@ -215,6 +259,7 @@ impl Moved {
         debug_assert!(self.vram.minus(&all).is_empty() && self.retained.minus(&all).is_empty());
         debug_assert!(self.vram.is_empty() || self.bo.is_some(), "truth in device memory has device memory");
         debug_assert!(self.retained.is_empty() || self.shadow.is_some(), "retained pages have a shadow");
+        debug_assert!(!self.outdated || self.shared, "only a copy can be out of date");
         debug_assert!(
             !self.shared || (self.vram.is_empty() && self.bo.is_some()),
             "a shared range is at home"

@@ -93,6 +93,8 @@ struct Held {
     span: Span,
     /// Nothing happened that may take the mappings away.
     intact: bool,
+    /// What its device, which cannot fault, has lost, because the program changed it.
+    lost: BTreeSet<u64>,
 }
 
 struct World {
@@ -123,7 +125,10 @@ impl World {
             .vram
             .iter()
             .zip(1..)
-            .map(|(pages, n)| FakeDevice::new(host.clone(), *pages, layout.atomics, seed + n))
+            .map(|(pages, n)| {
+                let faults = layout.firm >> (n - 1) & 1 == 0;
+                FakeDevice::with_faults(host.clone(), *pages, layout.atomics, seed + n, faults)
+            })
             .collect();
         let policy = AnyPolicy::new(seed + 10, (seed % 4) as u32);
         let space =
@@ -171,7 +176,7 @@ impl World {
 
     fn release_all(&mut self) {
         for held in std::mem::take(&mut self.held) {
-            self.svm.release(&held.ranges);
+            self.svm.release(held.device, &held.ranges);
         }
     }
 
@@ -179,7 +184,7 @@ impl World {
         let (ours, rest) = std::mem::take(&mut self.held).into_iter().partition(|h| h.span.overlaps(span));
         self.held = rest;
         let ours: Vec<Held> = ours;
-        ours.iter().for_each(|h| self.svm.release(&h.ranges));
+        ours.iter().for_each(|h| self.svm.release(h.device, &h.ranges));
     }
 
     /// Who uses what mremap made waits until it returned. By then its event was read, and every barrier waits until it is
@@ -238,16 +243,27 @@ impl World {
         (cell.value, cell.loose) = (seen, false);
     }
 
+    fn is_firm(&self, device: u32) -> bool {
+        self.layout.firm >> device & 1 == 1
+    }
+
+    /// What a device's work waits with, not for. Others that it waits for never end here: that is an error.
+    fn own(&self) -> Vec<Arc<Range>> {
+        self.held.iter().filter(|h| !self.is_firm(h.device)).flat_map(|h| h.ranges.clone()).collect()
+    }
+
     fn gpu(&mut self, device: u32, span: Span, access: GpuAccess, bracketed: bool, hold: bool) {
         self.deliver_arrivals(span);
         let device = device % self.devices.len() as u32;
-        let want = Want { bracketed, ..Want::fault(access) };
-        let own: Vec<_> = self.held.iter().flat_map(|h| h.ranges.clone()).collect();
+        let want = Want { bracketed, wait: self.layout.firm == 0, ..Want::fault(access) };
+        let own = self.own();
         let alone = self.held.is_empty();
-        let calm = self.mail.pending().is_empty();
+        let pending = self.mail.pending();
+        let calm = pending.is_empty();
         match self.svm.gpu_access_holding(device, span.start, span.len(), want, &own) {
             Ok(ranges) => {
-                let mut held = Held { device, ranges, span, intact: calm };
+                let lost = each(span).filter(|addr| pending.iter().any(|c| c.concerns(*addr))).collect();
+                let mut held = Held { device, ranges, span, intact: calm, lost };
                 for addr in each(span) {
                     self.engine(&mut held, addr, access);
                 }
@@ -274,7 +290,9 @@ impl World {
                 self.stops > 0 || access == GpuAccess::Atomic && !self.layout.atomics && self.any_protected()
             }
             // More than one range may be more than there is, in one piece or at all.
-            Error::OutOfDeviceMemory { .. } => {
+            // Where nobody waits it may be what others have.
+            Error::Again { .. } if self.layout.firm == 0 => false,
+            Error::OutOfDeviceMemory { .. } | Error::Again { .. } => {
                 let largest = self.layout.chunks[0];
                 !alone
                     || self.starved
@@ -294,14 +312,16 @@ impl World {
         access: GpuAccess,
         own: &[Arc<Range>],
     ) -> Result<Vec<Arc<Range>>, Error> {
-        self.svm.gpu_access_holding(device, addr, 1, Want::fault(access), own)
+        let want = Want { wait: self.layout.firm == 0, ..Want::fault(access) };
+        self.svm.gpu_access_holding(device, addr, 1, want, own)
     }
 
     /// One access of device work to one page, served as often as it must be.
     fn engine(&mut self, held: &mut Held, addr: u64, access: GpuAccess) {
         let writes = access.writes() && self.host.rights(addr).1;
         let new = if writes { Some(self.fresh()) } else { None };
-        let mut own: Vec<_> = self.held.iter().chain([&*held]).flat_map(|h| h.ranges.clone()).collect();
+        let mut own = self.own();
+        own.extend(held.ranges.iter().cloned());
         for attempt in 0..PATIENCE {
             match self.devices[held.device as usize].engine(addr, |_| new) {
                 Engine::Value(old) => {
@@ -318,6 +338,11 @@ impl World {
                     }
                 }
                 Engine::Link(_) => return,
+                Engine::Faults if self.is_firm(held.device) => {
+                    let denied = access.writes() && new.is_none();
+                    assert!(denied || held.lost.contains(&addr), "the device has not got {addr:#x}");
+                    return;
+                }
                 // An unmap event came between: the device faults again.
                 Engine::Faults => match self.fault_in(held.device, addr, access, &own) {
                     Ok(more) => {
@@ -542,7 +567,8 @@ impl World {
     /// Whether work that holds memory still has it, where nothing may take it.
     fn check_held(&mut self) {
         for held in std::mem::take(&mut self.held) {
-            for addr in each(held.span).filter(|_| held.intact) {
+            let firm = self.is_firm(held.device);
+            for addr in each(held.span).filter(|addr| held.intact || firm && !held.lost.contains(addr)) {
                 match self.devices[held.device as usize].engine(addr, |_| None) {
                     Engine::Value(seen) => self.saw(addr, seen, "work that holds it"),
                     Engine::Link(_) => {}
@@ -559,6 +585,15 @@ impl World {
     fn note_held(&mut self, op: &Op) {
         let calm = self.mail.pending().is_empty() && self.svm.space.garbage_len() == 0;
         for held in &mut self.held {
+            match *op {
+                Op::Unmap { first, count, .. } | Op::DontNeed(first, count) => {
+                    held.lost.extend(each(part(first, count)));
+                }
+                Op::Remap { from, to, count, .. } => {
+                    held.lost.extend(each(part(from, count)).chain(each(part(to, count))));
+                }
+                _ => {}
+            }
             let beside = |span: Span| held.ranges.iter().all(|r| !r.span().overlaps(span));
             held.intact &= calm
                 && match *op {
@@ -789,6 +824,18 @@ proptest! {
             ..small(seed.into(), 1, true, false)
         };
         play(layout, &ops, by_closing);
+    }
+}
+
+proptest! {
+    #![proptest_config(config(1000))]
+
+    /// Work on a device that cannot fault keeps what it holds but for the very pages that the program changes.
+    #[test]
+    fn what_cannot_fault_keeps_what_it_holds(
+        ops in ops(64, 60), seed in any::<u32>(), firm in 1..4u8, by_closing in any::<bool>(),
+    ) {
+        play(Layout { firm, ..small(seed.into(), 2, true, false) }, &ops, by_closing);
     }
 }
 

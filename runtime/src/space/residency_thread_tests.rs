@@ -107,7 +107,7 @@ impl Party {
                 Err(e) => panic!("{access:?} of {addr:#x} by device {device}: {e}"),
             };
             let seen = self.devices[device as usize].engine(addr, &change);
-            self.svm.release(&pinned);
+            self.svm.release(device, &pinned);
             match seen {
                 Engine::Value(value) => return Some(value),
                 Engine::Link(Touch::Waits) => drop(self.svm.cpu_fault(addr, true)),

@@ -225,7 +225,7 @@ impl Served {
         let pinned = self.on(move |svm| svm.gpu_access(0, span.start, span.len(), want))?;
         let done = f();
         self.on(move |svm| {
-            svm.release(&pinned);
+            svm.release(0, &pinned);
             Ok(())
         })?;
         done

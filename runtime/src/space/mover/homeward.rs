@@ -240,18 +240,20 @@ impl Mover {
         }
     }
 
-    /// mremap took `pages` of the range elsewhere: their contents wait in the shadow for [`Mover::land_elsewhere`].
+    /// mremap took `pages` of the range elsewhere: their contents wait in the shadow for [`Mover::land_elsewhere`]. What else of
+    /// it work holds on a device that cannot fault stays as it is.
     pub fn leave(&self, range: &Arc<Range>, state: &mut State, pages: &PageMask) -> Result<()> {
-        let State { bound, moved: Some(moved), .. } = state else { return Ok(()) };
-        self.unbind(range, bound);
+        let rest_stays = self.take_from_devices(range, state, pages);
+        let Some(moved) = &mut state.moved else { return Ok(()) };
         let result = self.accounted(range, moved, |m| {
-            m.shared = false;
+            m.shared &= rest_stays;
+            m.outdated = m.shared;
             let from_vram = m.vram.and(pages);
             let result = self.fetch(range.span(), m, &from_vram);
             m.leave(pages);
             result.map(|_| ())
         });
-        if moved.vram.is_empty() {
+        if moved.vram.is_empty() && !moved.shared {
             self.free_bo(range, moved);
         }
         result

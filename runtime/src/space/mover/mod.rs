@@ -185,6 +185,29 @@ impl Mover {
         range.unmap_pages();
     }
 
+    /// Takes the translations of `pages` away from every device: of all the range, but for what work holds on a device that
+    /// cannot fault, which does not lose the rest for them. Says whether it was left.
+    pub(crate) fn take_from_devices(&self, range: &Range, state: &mut State, pages: &PageMask) -> bool {
+        let cut = state.cut.as_deref().map_or(*pages, |cut| cut.or(pages));
+        let is_held = range.data.is_held_firmly();
+        if is_held && cut.count() < range.span().pages() {
+            state.cut = Some(Box::new(cut));
+        } else {
+            self.unbind(range, &mut state.bound);
+            if is_held {
+                range.data.set_emptied(true);
+            }
+            return false;
+        }
+        for (first, count) in pages.runs() {
+            let part = range.span().page_run(first, count);
+            for place in &self.places {
+                place.device.unbind(part);
+            }
+        }
+        true
+    }
+
     /// Tells the device that so many pages will be copied, if they are worth it.
     fn announce_copies(&self, device: u32, pages: &PageMask) {
         if bytes(pages) >= Copier::THREADED_MIN as u64 {
@@ -227,6 +250,8 @@ impl Mover {
             _ => Backing::System,
         };
         self.device(device).bind(span, backing, access)?;
+        state.cut = None;
+        range.data.set_emptied(false);
         state.bound |= bit;
         let mut flags = RangeFlags::empty();
         // The flag is all devices': another's right to write goes on.
@@ -241,13 +266,14 @@ impl Mover {
         Ok(flags)
     }
 
-    /// Drops `pages`: the program said their contents may go, or unmapped them (`dead`).
+    /// Drops `pages`: the program said their contents may go, or unmapped them (`dead`). What else of the range work holds on a
+    /// device that cannot fault stays as it is.
     pub fn drop_pages(&self, range: &Arc<Range>, state: &mut State, pages: &PageMask, dead: bool) {
-        let State { bound, moved, .. } = state;
-        self.unbind(range, bound);
-        let Some(moved) = moved else { return };
+        let rest_stays = self.take_from_devices(range, state, pages);
+        let Some(moved) = &mut state.moved else { return };
         self.accounted(range, moved, |m| {
-            m.shared = false;
+            m.shared &= rest_stays;
+            m.outdated = m.shared;
             let stale = m.forget(pages);
             if dead {
                 m.dead = m.dead.or(pages).minus(&m.vram);
@@ -256,7 +282,7 @@ impl Mover {
                 self.host.shadow_release(shadow, &stale);
             }
         });
-        if moved.vram.is_empty() {
+        if moved.vram.is_empty() && !moved.shared {
             self.free_bo(range, moved);
         }
     }
@@ -268,7 +294,7 @@ impl Mover {
         debug_assert!(moved.vram.is_empty() && moved.strayed.is_empty() && moved.leaving.is_empty());
         let alive = moved.alive(range.span());
         self.accounted(range, &mut moved, |m| {
-            m.shared = false;
+            (m.shared, m.outdated) = (false, false);
             m.retained = PageMask::EMPTY;
             m.fresh = PageMask::EMPTY;
         });
@@ -286,6 +312,7 @@ impl Mover {
             debug_assert!(m.vram.is_empty());
             self.accounted_shared_off(m, range.span());
             m.fresh = PageMask::EMPTY;
+            m.outdated = false;
             self.lru(m.device).remove(range);
             self.device(m.device).vram_free(bo);
             self.released.announce();

@@ -72,7 +72,7 @@ impl Mover {
             m.bo = Some(self.allocate(device, span)?);
             m.device = device;
         }
-        m.shared = false;
+        (m.shared, m.outdated) = (false, false);
         self.unbind(range, bound);
         let (Some(shadow), Some(bo)) = (&m.shadow, &m.bo) else { unreachable!("made above") };
 

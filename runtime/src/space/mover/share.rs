@@ -25,7 +25,7 @@ impl Mover {
         if !state.is_home() {
             return Err(Error::Mixed { span });
         }
-        if state.moved.as_ref().is_some_and(|m| m.shared && m.device != device) {
+        if state.moved.as_ref().is_some_and(|m| m.shared && (m.device != device || m.outdated)) {
             self.unshare_copy(range, state);
         }
         let State { bound, moved, .. } = state;

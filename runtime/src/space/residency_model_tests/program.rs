@@ -118,6 +118,8 @@ pub(super) struct Layout {
     pub(super) atomics: bool,
     pub(super) threshold: u64,
     pub(super) seed: u64,
+    /// Devices that cannot fault, one bit each.
+    pub(super) firm: u8,
 }
 
 /// Small ranges and less device memory than three of them.
@@ -129,5 +131,6 @@ pub(super) fn small(seed: u64, devices: usize, atomics: bool, threshold: bool) -
         atomics,
         threshold: if threshold { SZ_64K } else { 0 },
         seed,
+        firm: 0,
     }
 }

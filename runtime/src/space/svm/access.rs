@@ -40,7 +40,7 @@ impl Svm {
         let mut pinned: Vec<Arc<Range>> = Vec::new();
         let mut at = span.start;
         while at < span.end {
-            match self.gpu_access_one(device, at, want, [held, &pinned]) {
+            match self.gpu_access_one(device, Span::new(at, span.end), want, [held, &pinned]) {
                 Ok(range) => {
                     at = range.span().end;
                     if want.pin {
@@ -48,7 +48,7 @@ impl Svm {
                     }
                 }
                 Err(e) => {
-                    self.release(&pinned);
+                    self.release(device, &pinned);
                     return Err(e);
                 }
             }
@@ -62,10 +62,14 @@ impl Svm {
         released.wait(released.generation(), Duration::from_millis(2));
     }
 
-    /// Ends the pins of [`Svm::gpu_access`].
-    pub fn release(&self, pinned: &[Arc<Range>]) {
+    /// Ends the pins of [`Svm::gpu_access`] by `device`.
+    pub fn release(&self, device: u32, pinned: &[Arc<Range>]) {
         let mut last = false;
         for range in pinned {
+            if self.cannot_fault(device) && range.data.loosen() {
+                last = true;
+                self.space.no_longer_kept(range);
+            }
             if range.data.unpin() {
                 last = true;
                 self.mover.used(range);
@@ -79,10 +83,11 @@ impl Svm {
     fn gpu_access_one(
         &self,
         device: u32,
-        addr: u64,
+        span: Span,
         mut want: Want,
         own: [&[Arc<Range>]; 2],
     ) -> Result<Arc<Range>> {
+        let addr = span.start;
         let started = Instant::now();
         let (mut busy, mut gone) = (0, 0);
         let (mut remote, mut crowded) = (false, false);
@@ -100,7 +105,7 @@ impl Svm {
                 continue;
             }
             let result =
-                self.collect_garbage().and_then(|()| self.try_gpu_access(device, addr, want, remote, own));
+                self.collect_garbage().and_then(|()| self.try_gpu_access(device, span, want, remote, own));
             let error = match result {
                 Ok(Some(range)) => {
                     if crowded {
@@ -209,9 +214,10 @@ impl Svm {
         matches!(self.mover.host.find_vma(span.start), Ok(Some(vma)) if vma.span.covers(span))
     }
 
-    /// Has the garbage collector bring the ranges of `span` home and forget them, so that new ones fit the mappings.
+    /// Has the garbage collector bring the ranges of `span` home and forget them, so that new ones fit the mappings. What work
+    /// holds on a device that cannot fault stays until that ends.
     pub fn recut(&self, span: Span) {
-        self.invalidate(EventKind::Unmap, span);
+        self.invalidate_part(EventKind::Unmap, span, |hit| Span::new(hit.start, hit.start));
     }
 
     /// Takes the device mappings of `span` away, as a change of its protection does in the kernel. Ranges and pages stay as
@@ -240,11 +246,11 @@ impl Svm {
         allocated > held || self.mover.released().generation() != seen
     }
 
-    /// One try. `None`: the mappings changed meanwhile.
+    /// One try for the first range of `span`. `None`: the mappings changed meanwhile.
     fn try_gpu_access(
         &self,
         device: u32,
-        addr: u64,
+        span: Span,
         want: Want,
         remote: bool,
         own: [&[Arc<Range>]; 2],
@@ -253,7 +259,7 @@ impl Svm {
         if *frozen > 0 || self.closed.load(Ordering::Acquire) {
             return Ok(None);
         }
-        let mover = &self.mover;
+        let (mover, addr) = (&self.mover, span.start);
         let ctx = Ctx { read_only: !want.access.writes(), ..self.ctx };
         let aspace = &*mover.host;
         let limits = self.space.config().limits;
@@ -261,7 +267,8 @@ impl Svm {
         let range = self.space.find_or_insert(aspace, addr, within, &ctx)?;
         let mut state = range.data.lock();
         let ticket = range.begin();
-        if range.is_gone() {
+        let is_kept = range.data.is_held_firmly();
+        if range.is_gone() && !is_kept {
             return Ok(None);
         }
         let strangers = self.strangers(&range, &state, range.span());
@@ -274,6 +281,16 @@ impl Svm {
                 self.replaced(&range, &strangers);
             }
             return Ok(None);
+        }
+        let outdated = state.moved.as_ref().is_some_and(|m| m.outdated);
+        if is_kept && (range.is_gone() || outdated || state.cut.is_some()) {
+            if self.joins(&range, &state, device, span, want) {
+                drop(state);
+                return Ok(Some(range));
+            }
+            if range.is_gone() || outdated {
+                return Err(Error::Again { what: HELD, tries: 1 });
+            }
         }
         let migratable = range.flags().contains(RangeFlags::MIGRATE_DEVMEM);
         if !migratable && self.may_migrate_now(range.span()) {
@@ -338,11 +355,52 @@ impl Svm {
         commit.set_pages(flags);
         if want.pin {
             state.left = want.leaves(range.span()) || state.left && range.data.is_pinned();
-            range.data.pin();
+            self.pin(&range, device);
         }
         drop(commit);
         drop(state);
         Ok(Some(range))
+    }
+
+    fn cannot_fault(&self, device: u32) -> bool {
+        !self.mover.device(device).info().recoverable_faults
+    }
+
+    fn pin(&self, range: &Range, device: u32) {
+        match self.cannot_fault(device) {
+            true => range.data.pin_firmly(),
+            false => range.data.pin(),
+        }
+    }
+
+    /// Whether `device` has what is wanted of `span` in a range that work holds on a device that cannot fault and that lost
+    /// another part: then it is held once more, as it is. Not a copy, which the program may have written since.
+    fn joins(&self, range: &Range, state: &State, device: u32, span: Span, want: Want) -> bool {
+        let flags = range.flags();
+        let moved = state.moved.as_deref();
+        let is_local = moved.is_some_and(|m| !m.vram.is_empty());
+        let is_copy = moved.is_some_and(|m| m.shared);
+        let allowed = match want.access {
+            GpuAccess::Read => true,
+            GpuAccess::Write => flags.contains(RangeFlags::WRITABLE),
+            GpuAccess::Atomic => {
+                flags.contains(RangeFlags::WRITABLE)
+                    && (is_local || self.mover.device(device).info().system_atomics)
+            }
+        };
+        // The flags tell of the last device that mapped it.
+        let is_mapped = state.bound == 1 << device && flags.contains(RangeFlags::HAS_DMA_MAPPING);
+        let wanted = PageMask::of(range.span(), span);
+        let is_whole = state.cut.as_ref().is_none_or(|cut| cut.and(&wanted).is_empty());
+        if is_copy || !(allowed && is_mapped && is_whole) {
+            return false;
+        }
+        match (want.pin, self.cannot_fault(device)) {
+            (false, _) => {}
+            (true, false) => range.data.pin(),
+            (true, true) => return range.data.pin_firmly_too(),
+        }
+        true
     }
 
     /// Where a range goes that others hold. What they left at home, because they hold a part and the program uses the rest
@@ -386,7 +444,7 @@ impl Svm {
     /// Whether a device that cannot fault has it mapped: while work holds it, that must stay so.
     pub(super) fn is_firm(&self, state: &State) -> bool {
         let mut bound = (0..self.mover.places.len() as u32).filter(|d| state.bound >> d & 1 == 1);
-        bound.any(|d| !self.mover.device(d).info().recoverable_faults)
+        bound.any(|d| self.cannot_fault(d))
     }
 
     /// Whether another device than `device`, which cannot fault, has a copy for reading.
@@ -417,6 +475,19 @@ impl Svm {
                 Ok(None) => return true,
                 _ => return false,
             }
+        }
+        true
+    }
+
+    /// Whether whatever is mapped in `span` allows the access.
+    pub(super) fn granted_where_mapped(&self, access: GpuAccess, span: Span) -> bool {
+        let mut at = span.start;
+        while at < span.end {
+            at = match self.mover.host.find_vma(at) {
+                Ok(Some(vma)) if allows(&vma, access, at).is_ok() => vma.span.end.max(at + SZ_4K),
+                Ok(None) => at + SZ_4K,
+                _ => return false,
+            };
         }
         true
     }

@@ -1,8 +1,9 @@
 //! What the kernel reports of the mappings: unmapped, dropped, moved; and the garbage that leaves.
 //!
 //! # Overview
-//! Each report takes the device's mappings away first and corrects the ranges' records after. Contents that mremap took
-//! elsewhere wait in the list of landings until the kernel lets them land.
+//! Each report takes the device's mappings away first and corrects the ranges' records after. Work that holds a range on a
+//! device that cannot fault loses only what the report is about, and the range stays until that work ends. Contents
+//! that mremap took elsewhere wait in the list of landings until the kernel lets them land.
 
 use std::sync::{Arc, MutexGuard};
 use std::time::Instant;
@@ -66,11 +67,21 @@ impl Svm {
         let writes = range.flags().contains(RangeFlags::WRITABLE);
         let access = if writes { GpuAccess::Write } else { GpuAccess::Read };
         let span = range.span();
-        self.is_firm(&state)
-            && self.granted(access, span.start).is_ok_and(|vma| self.granted_throughout(access, span, vma))
+        let is_granted = || match &state.cut {
+            None => {
+                self.granted(access, span.start).is_ok_and(|vma| self.granted_throughout(access, span, vma))
+            }
+            Some(cut) => {
+                let left = PageMask::first(span.pages()).minus(cut);
+                left.runs()
+                    .all(|(first, count)| self.granted_where_mapped(access, span.page_run(first, count)))
+            }
+        };
+        self.is_firm(&state) && is_granted()
     }
 
-    /// Destroys ranges whose mappings went away, as the kernel does before each device access.
+    /// Destroys ranges whose mappings went away, as the kernel does before each device access. What work holds on a device that
+    /// cannot fault goes when that ends.
     pub fn collect_garbage(&self) -> Result<()> {
         if self.space.garbage_len() == 0 {
             return Ok(());
@@ -78,11 +89,12 @@ impl Svm {
         if !self.settle_landings() {
             return Err(Error::Again { what: "landing what mremap moved", tries: 1 });
         }
-        self.space.collect_garbage(|range| self.destroy(range, Cause::User)).map(|_| ())
+        let kept = |range: &Range| range.data.is_held_firmly();
+        self.space.collect_garbage_but(kept, |range| self.destroy(range, Cause::User)).map(|_| ())
     }
 
     /// Brings home what is left of a range and gives up what it holds. Work that had it pinned lost its mapping with the
-    /// event already and faults again; to wait for that work here could be to wait for the caller's own.
+    /// event already and faults again, for its device can; to wait for that work here could be to wait for the caller's own.
     fn destroy(&self, range: &Arc<Range>, cause: Cause) -> Result<()> {
         // Held until the range's own lock is: what mremap takes away is on this list before it can be collected.
         let landings = self.landings();
@@ -111,12 +123,33 @@ impl Svm {
         }
     }
 
+    /// Takes the devices' mappings of the ranges in `span` away, and gives those. Of a range that work holds on a device that
+    /// cannot fault only the part that the event meets, unless it is about rights.
     pub(super) fn invalidate(&self, kind: EventKind, span: Span) -> Vec<Arc<Range>> {
+        self.invalidate_part(kind, span, |hit| hit)
+    }
+
+    /// As [`Svm::invalidate`], with what such work loses of the part that the event meets.
+    pub(super) fn invalidate_part(
+        &self,
+        kind: EventKind,
+        span: Span,
+        lost: impl Fn(Span) -> Span,
+    ) -> Vec<Arc<Range>> {
         let started = Instant::now();
         let mut hit = Vec::new();
-        self.space.invalidate(Event::new(kind, span), |range, _| {
-            for place in &self.mover.places {
-                place.device.unbind(range.span());
+        self.space.invalidate(Event::new(kind, span), |range, info| {
+            // Pins begin with a commit, which this keeps out. One that ends meanwhile leaves translations that are right; they
+            // go with the range's record.
+            let keeps = kind != EventKind::ProtVma && range.data.is_held_firmly();
+            let lost = if keeps { lost(info.hit) } else { range.span() };
+            if !lost.is_empty() {
+                for place in &self.mover.places {
+                    place.device.unbind(lost);
+                }
+            }
+            if keeps {
+                range.keep_pages(info.before);
             }
             hit.push(range.clone());
         });
@@ -124,6 +157,13 @@ impl Svm {
             self.mover.observer.invalidated(span, started);
         }
         hit
+    }
+
+    /// Nothing of the range may be left for the work that holds it: then it is collected without waiting for that.
+    fn let_go_if_emptied(&self, range: &Arc<Range>) {
+        if !range.data.is_held_firmly() {
+            self.space.no_longer_kept(range);
+        }
     }
 
     /// munmap, or a mapping placed over `span`: its contents are gone. Device mappings are gone when this returns.
@@ -150,7 +190,9 @@ impl Svm {
                 let run = part.page_run(first, count);
                 gone = gone.or(&PageMask::of(range.span(), run));
             }
+            self.mover.take_from_devices(&range, &mut state, &PageMask::of(range.span(), part));
             self.mover.drop_pages(&range, &mut state, &gone, true);
+            self.let_go_if_emptied(&range);
             kept.extend(newer.runs().map(|(first, count)| part.page_run(first, count)));
         }
         self.forget_all_but(span, &kept);
@@ -178,7 +220,6 @@ impl Svm {
         self.abandon_landings(span, &none, read_on);
         for range in self.invalidate(EventKind::Clear, span) {
             let mut state = lock_meanwhile(&range, read_on);
-            self.mover.unshare_copy(&range, &mut state);
             self.mover.drop_pages(&range, &mut state, &PageMask::of(range.span(), span), false);
         }
     }
@@ -205,6 +246,7 @@ impl Svm {
                 tracing::error!(span = %to, "memory moved by mremap is lost: {e}");
             }
             drop(state);
+            self.let_go_if_emptied(&range);
             landings.push(Landing { range, pages, to });
         }
         drop(landings);
@@ -216,6 +258,7 @@ impl Svm {
         for range in self.invalidate(EventKind::Unmap, span) {
             let mut state = lock_meanwhile(&range, read_on);
             self.mover.drop_pages(&range, &mut state, &PageMask::of(range.span(), span), true);
+            self.let_go_if_emptied(&range);
         }
     }
 
