@@ -221,6 +221,20 @@ fn rights_that_are_enough_are_not_taken_from_work() {
     assert!(matches!(work.end(), Err(Error::DeviceFault { .. })), "it wrote to what it may only read");
     protect(&runtime, at, len, BOTH);
     mem.check(2);
+    // What is mapped anew in a part that was unmapped is nothing to the work.
+    let work = Work::begin(&runtime, 0, &[writes(at, len)], move |gpu| use_the_rest(gpu, at, len, 2, 3));
+    Change::Unmap.make(&mem, &mem);
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+    // SAFETY: where nothing is mapped any more.
+    let new = unsafe { libc::mmap(mem.ptr(CHANGED), K4 as usize, BOTH, flags, -1, 0) };
+    assert_eq!(new, mem.ptr(CHANGED));
+    protect(&runtime, at + CHANGED, K4, libc::PROT_NONE);
+    protect(&runtime, at + CHANGED, K4, libc::PROT_READ);
+    work.end().unwrap();
+    Change::Drop.check(&mem, None, 2, 3);
+    let work = Work::begin(&runtime, 0, &[writes(at, CHANGED)], move |gpu| gpu.store_u64(at, 0));
+    protect(&runtime, at, CHANGED, libc::PROT_READ);
+    assert!(matches!(work.end(), Err(Error::DeviceFault { .. })), "as before");
 }
 
 #[test]

@@ -531,7 +531,7 @@ impl Inner {
         // No access is under way between the two, and a later one sees that the memory is exempt.
         self.svm.freeze();
         exempt::exempt(span);
-        self.svm.recut(span);
+        self.svm.recut_at_once(span);
         self.svm.thaw();
         let until = Instant::now() + PIN_PATIENCE;
         loop {

@@ -123,4 +123,15 @@ fn what_a_device_that_cannot_fault_holds_goes_when_nothing_is_left_of_it() {
     svm.collect_garbage().unwrap();
     assert_eq!((svm.space.range_count(), device.table().len()), (0, 0));
     assert_eq!(host.touch(BASE, None), Touch::Value(0));
+    // What has to be at home is not kept, whoever holds it.
+    let held = svm.gpu_access(0, BASE, SZ_4K, Want::launch(GpuAccess::Write)).unwrap();
+    svm.recut(page);
+    svm.collect_garbage().unwrap();
+    assert_eq!((svm.space.range_count(), device.table().len()), (1, 1));
+    svm.freeze();
+    svm.recut_at_once(page);
+    svm.thaw();
+    svm.collect_garbage().unwrap();
+    assert_eq!((svm.space.range_count(), device.table().len()), (0, 0));
+    svm.release(0, &held);
 }

@@ -64,9 +64,9 @@ impl Svm {
 
     /// Ends the pins of [`Svm::gpu_access`] by `device`.
     pub fn release(&self, device: u32, pinned: &[Arc<Range>]) {
-        let mut last = false;
+        let (mut last, is_firm) = (false, self.cannot_fault(device));
         for range in pinned {
-            if self.cannot_fault(device) && range.data.loosen() {
+            if is_firm && range.data.loosen() {
                 last = true;
                 self.space.no_longer_kept(range);
             }
@@ -218,6 +218,14 @@ impl Svm {
     /// holds on a device that cannot fault stays until that ends.
     pub fn recut(&self, span: Span) {
         self.invalidate_part(EventKind::Unmap, span, |hit| Span::new(hit.start, hit.start));
+    }
+
+    /// As [`Svm::recut`], also of what work holds, which loses it. Only while nothing goes to a device ([`Svm::freeze`]).
+    pub fn recut_at_once(&self, span: Span) {
+        let ranges = self.space.ranges_in(span);
+        ranges.iter().for_each(|range| range.data.set_emptied(true));
+        self.recut(span);
+        ranges.iter().for_each(|range| self.space.no_longer_kept(range));
     }
 
     /// Takes the device mappings of `span` away, as a change of its protection does in the kernel. Ranges and pages stay as
