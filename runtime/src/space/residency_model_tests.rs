@@ -863,6 +863,18 @@ proptest! {
     }
 }
 
+/// A copy that work reads stays although it cannot be brought up to date for a second reader.
+#[test]
+fn a_copy_that_is_held_is_not_made_anew() {
+    let read =
+        |first, hold| Op::Gpu { device: 1, first, count: 1, access: GpuAccess::Read, bracketed: true, hold };
+    for seed in 907_808_938..907_809_138 {
+        let ops =
+            [read(48, true), Op::Unmap { first: 49, count: 1, again: false, late: true }, read(50, false)];
+        play(Layout { firm: 2, ..small(seed, 2, true, false) }, &ops, false);
+    }
+}
+
 /// Free device memory that lies in pieces is enough for a range of several pages, in smaller ranges.
 #[test]
 fn free_memory_in_pieces_is_used() {

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::{Mover, Range};
+use super::{Mover, Range, changed};
 use crate::ground::addr::{PageMask, SZ_4K};
 use crate::ground::error::{Error, Result};
 use crate::observe::stats::{Cause, Direction};
@@ -19,8 +19,16 @@ const READ_AT_ONCE: u64 = 256 << 10;
 
 impl Mover {
     /// Makes a read-only copy of the range on `device`, or brings the one it has up to date: copies the pages written
-    /// since.
-    pub fn share(&self, range: &Arc<Range>, state: &mut State, device: u32, cause: Cause) -> Result<()> {
+    /// since. Of a copy that is `held` nothing is taken away: if it cannot be brought up to date it stays as it is until it is
+    /// not held any more.
+    pub fn share(
+        &self,
+        range: &Arc<Range>,
+        state: &mut State,
+        device: u32,
+        cause: Cause,
+        held: bool,
+    ) -> Result<()> {
         let span = range.span();
         if !state.is_home() {
             return Err(Error::Mixed { span });
@@ -30,8 +38,10 @@ impl Mover {
         }
         let State { bound, moved, .. } = state;
         let moved = &mut **moved.get_or_insert_default();
-        let result = self.accounted(range, moved, |m| self.share_steps(range, bound, m, device, cause));
-        if result.is_err() {
+        let result = self.accounted(range, moved, |m| self.share_steps(range, bound, m, device, cause, held));
+        if result.is_err() && held {
+            moved.outdated = true;
+        } else if result.is_err() {
             self.unbind(range, bound);
             self.free_bo(range, moved);
         }
@@ -48,6 +58,7 @@ impl Mover {
         m: &mut Moved,
         device: u32,
         cause: Cause,
+        held: bool,
     ) -> Result<()> {
         let span = range.span();
         let started = Instant::now();
@@ -55,6 +66,7 @@ impl Mover {
         let tracked = written.is_some();
         let pages = match written {
             Some(written) => written,
+            None if held => return Err(changed()),
             None => {
                 // A device that writes over the link would change pages unseen.
                 self.unbind(range, bound);

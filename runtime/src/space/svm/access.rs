@@ -329,7 +329,10 @@ impl Svm {
         match placement {
             Placement::Migrate => mover.to_device(&range, &mut state, device, want.cause)?,
             Placement::Share if state.is_home() => {
-                match mover.share(&range, &mut state, device, want.cause) {
+                let is_copy = state.moved.as_ref().is_some_and(|m| m.shared);
+                let held = is_copy && is_kept && range.data.pins() as usize > mine;
+                match mover.share(&range, &mut state, device, want.cause, held) {
+                    Err(_) if held => return Err(Error::Again { what: HELD, tries: 1 }),
                     // Writes cannot be tracked, or a page of the range cannot be read: the move tells what can be done.
                     Err(Error::NotSupported(_) | Error::Gone { .. }) => {
                         mover.to_device(&range, &mut state, device, want.cause)?
