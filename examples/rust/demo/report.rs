@@ -98,7 +98,7 @@ fn migrate_2m(runtime: &Runtime) -> usvm::Result<(f64, f64)> {
             let held =
                 svm.gpu_access(0, at as u64, 1, usvm::space::svm::Want::fault(usvm::GpuAccess::Write))?;
             let took = micros(begin);
-            svm.release(&held);
+            svm.release(0, &held);
             Ok(took)
         })?;
         let begin = Instant::now();
