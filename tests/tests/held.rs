@@ -228,6 +228,8 @@ fn rights_that_are_enough_are_not_taken_from_work() {
     // SAFETY: where nothing is mapped any more.
     let new = unsafe { libc::mmap(mem.ptr(CHANGED), K4 as usize, BOTH, flags, -1, 0) };
     assert_eq!(new, mem.ptr(CHANGED));
+    // Until the unmapping is told the new mapping counts as what the work holds.
+    runtime.barrier().unwrap();
     protect(&runtime, at + CHANGED, K4, libc::PROT_NONE);
     protect(&runtime, at + CHANGED, K4, libc::PROT_READ);
     work.end().unwrap();
