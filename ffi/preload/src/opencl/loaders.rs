@@ -127,7 +127,7 @@ fn instance(slot: usize, target: &Dispatch) -> Dispatch {
 
 /// Where the object that contains `addr` is mapped, and its file; `None` if no object does.
 ///
-/// dladdr would look for the nearest symbol as well, through all of a library that has 100,000.
+/// dladdr would look for the nearest symbol as well, among all that a library has.
 pub fn object_at(addr: usize) -> Option<(usize, &'static CStr)> {
     let mut search = Search { addr, found: None };
     // SAFETY: `look_at` is called with the search, before this returns.
